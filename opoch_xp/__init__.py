@@ -1,0 +1,63 @@
+"""Attention over sequences too long for exact attention, for arrays of any library, with its error measured."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opoch_xp.attention import ApproximationWarning, Attention, Report, attend, attention
+    from opoch_xp.audit import Audit, audit
+    from opoch_xp.backends import backends
+    from opoch_xp.explain import explain
+    from opoch_xp.hashing import hash_codes, random_hyperplanes
+    from opoch_xp.methods import LSH, Exact, Treecode
+    from opoch_xp.tune import tune
+
+__version__ = "0.1.0"
+__all__ = [
+    "LSH",
+    "ApproximationWarning",
+    "Attention",
+    "Audit",
+    "Exact",
+    "Report",
+    "Treecode",
+    "attend",
+    "attention",
+    "audit",
+    "backends",
+    "explain",
+    "hash_codes",
+    "random_hyperplanes",
+    "tune",
+]
+
+_HOME = {
+    "ApproximationWarning": "attention",
+    "Attention": "attention",
+    "Report": "attention",
+    "attend": "attention",
+    "attention": "attention",
+    "Audit": "audit",
+    "audit": "audit",
+    "backends": "backends",
+    "explain": "explain",
+    "hash_codes": "hashing",
+    "random_hyperplanes": "hashing",
+    "LSH": "methods",
+    "Exact": "methods",
+    "Treecode": "methods",
+    "tune": "tune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use: importing the package imports no array library."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'opoch_xp' has no attribute {name!r}")
+    value = getattr(import_module(f"opoch_xp.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,148 @@
+"""From the caller's arguments to a Problem: every check in the caller's words, then one layout for all kernels."""
+
+from typing import Any
+
+from array_api_compat import array_namespace, device
+
+from opoch_xp.backends import kernels_for, library
+from opoch_xp.problem import Problem
+
+Array = Any
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+HOST_LIBRARIES = ("numpy", "array_api_strict")
+
+
+def namespace_of(**arrays: Array) -> Any:
+    """The one namespace of the named arrays; TypeError when an argument is no array or libraries are mixed."""
+    spaces = {}
+    for name, array in arrays.items():
+        try:
+            spaces[name] = array_namespace(array)
+        except TypeError:
+            kind = type(array).__name__
+            raise TypeError(f"{name} must be an array of a library with an array namespace, got {kind}") from None
+    if len(set(spaces.values())) > 1:
+        given = ", ".join(f"{name}: {library(xp)}" for name, xp in spaces.items())
+        raise TypeError(f"{_names(arrays)} must be arrays of one library, got {given}")
+    return next(iter(spaces.values()))
+
+
+def dtype_name(array: Array) -> str:
+    return str(array.dtype).rsplit(".", 1)[-1]
+
+
+def on_host(xp: Any, array: Array) -> bool:
+    """Whether reading the array's figures back costs nothing: host arrays that are not being traced."""
+    return library(xp) in HOST_LIBRARIES or (library(xp) == "torch" and array.device.type == "cpu")
+
+
+def _names(arrays: dict[str, Array]) -> str:
+    names = list(arrays)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _check_kind(**arrays: Array) -> None:
+    dtypes = {name: dtype_name(array) for name, array in arrays.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype}")
+    for what, figures in (("dtype", dtypes), ("device", {name: device(array) for name, array in arrays.items()})):
+        if len({str(figure) for figure in figures.values()}) > 1:
+            given = ", ".join(f"{name}: {figure}" for name, figure in figures.items())
+            kind = TypeError if what == "dtype" else ValueError
+            raise kind(f"{_names(arrays)} must have one {what}, got {given}")
+
+
+def _check_shapes(q: Array, k: Array, v: Array) -> None:
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if len({len(q.shape), len(k.shape), len(v.shape)}) > 1 or len(q.shape) < 2:
+        raise ValueError(f"q, k and v must have the same number of axes, at least (n, d); {shapes}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same last axis d; {shapes}")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k and v must have the same number of keys n_k; {shapes}")
+    if k.shape[-2] == 0 or k.shape[-1] == 0:
+        raise ValueError(f"k must have at least one key and one dimension; {shapes}")
+    if len(q.shape) == 2:
+        return
+    if q.shape[:-3] != k.shape[:-3] or k.shape[:-2] != v.shape[:-2]:
+        raise ValueError(f"q, k and v must have the same batch axes, and k and v the same heads; {shapes}")
+    heads, key_heads = q.shape[-3], k.shape[-3]
+    if (key_heads == 0) != (heads == 0) or (key_heads and heads % key_heads):
+        raise ValueError(f"the heads of q must be a multiple of the heads of k, got {heads} and {key_heads}")
+
+
+def _check_mask(xp: Any, key_mask: Array, k: Array) -> None:
+    namespace_of(k=k, key_mask=key_mask)
+    expected = (k.shape[-2],) if len(k.shape) == 2 else (*k.shape[:-3], k.shape[-2])
+    if dtype_name(key_mask) != "bool":
+        raise TypeError(f"key_mask must have dtype bool (True = keep), got {dtype_name(key_mask)}")
+    if tuple(key_mask.shape) != tuple(expected):
+        shape = tuple(key_mask.shape)
+        raise ValueError(f"key_mask must have shape {tuple(expected)}, the batch axes of k and n_k; got {shape}")
+    if str(device(key_mask)) != str(device(k)):
+        raise ValueError(f"key_mask must be on the device of k, {device(k)}, got {device(key_mask)}")
+
+
+def _check_finite(xp: Any, name: str, array: Array) -> None:
+    if bool(xp.isfinite(xp.sum(array))) or bool(xp.all(xp.isfinite(array))):
+        return  # one summing pass; the sum alone may overflow
+    flat = xp.reshape(xp.isfinite(array), (-1,))
+    place, where = int(xp.argmin(xp.astype(flat, xp.int8))), []
+    for size in reversed(array.shape):
+        where.append(place % size)
+        place //= size
+    batch, row, column = reversed(where)
+    raise ValueError(
+        f"{name} must be finite; the first entry that is not stands at key {row}, dimension {column}"
+        f" of key head {batch} (batch axes and heads counted together); a key_mask hides keys that hold no number"
+    )
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    backend: str | None = None,
+    check_finite: bool | None = None,
+) -> Problem:
+    """The Problem that the arguments pose, or TypeError or ValueError in the caller's words."""
+    xp = namespace_of(q=q, k=k, v=v)
+    _check_kind(q=q, k=k, v=v)
+    _check_shapes(q, k, v)
+    kernels = kernels_for(xp, backend)
+    if key_mask is not None:
+        _check_mask(xp, key_mask, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+
+    accumulate = xp.float64 if dtype_name(q) == "float64" else xp.float32
+    key_heads = 1
+    for size in k.shape[:-2]:
+        key_heads *= size
+    repeat = 1 if len(q.shape) == 2 or not k.shape[-3] else q.shape[-3] // k.shape[-3]
+    q3 = xp.reshape(xp.astype(q, accumulate, copy=False), (key_heads, repeat, *q.shape[-2:]))
+    k3 = xp.reshape(xp.astype(k, accumulate, copy=False), (key_heads, *k.shape[-2:]))
+    v3 = xp.reshape(xp.astype(v, accumulate, copy=False), (key_heads, *v.shape[-2:]))
+    mask = None
+    if key_mask is not None:
+        per_batch = 1 if len(k.shape) == 2 else k.shape[-3]
+        spread = xp.reshape(key_mask, (-1, 1, k.shape[-2])) if key_heads else xp.reshape(key_mask, (0, 1, k.shape[-2]))
+        spread = xp.broadcast_to(spread, (key_heads // max(per_batch, 1), per_batch, k.shape[-2]))
+        mask = xp.reshape(spread, (key_heads, k.shape[-2]))
+        k3 = xp.where(mask[..., None], k3, 0.0)
+        v3 = xp.where(mask[..., None], v3, 0.0)
+    if check_finite or (check_finite is None and on_host(xp, q)):
+        _check_finite(xp, "k", k3)
+        _check_finite(xp, "v", v3)
+    return Problem(xp, kernels, q3, k3, v3, mask, causal, scale)
+
+
+def restore(q: Array, v: Array, out: Array, lse: Array, xp: Any) -> tuple[Array, Array]:
+    """out (..., H, n_q, d_v) in q's dtype and lse (..., H, n_q), from the kernels' layout."""
+    return xp.astype(xp.reshape(out, (*q.shape[:-1], v.shape[-1])), q.dtype, copy=False), xp.reshape(lse, q.shape[:-1])

@@ -1,0 +1,221 @@
+"""The call: attention and attend check the arguments, choose a method, and run one kernel after another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+from array_api_compat import device
+
+from opoch_xp.arguments import on_host, prepare, restore
+from opoch_xp.buckets import attend_buckets
+from opoch_xp.cost import predicted, visible_pairs
+from opoch_xp.forest import attend_treecode
+from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.problem import Problem, Solution
+
+if TYPE_CHECKING:
+    from opoch_xp.audit import Audit
+
+Array = Any
+CHECK_ROWS = 32  # rows a head that an automatic choice is checked on: under 3% of the work at the crossover
+WARN_ABOVE = 0.10  # upper end of the error's 95% interval
+
+
+class ApproximationWarning(UserWarning):
+    """The method that was chosen by itself errs by more than 10% on this input."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call did: the method, why it was chosen, what it read and what it measured on the way.
+
+    rows: rows a query read, mean, by part: "local" (exact, own block or all keys), "far" (summaries of nodes), "near"
+    (keys, for the whole group), "own" (keys, for the query). exact_rows: rows exact attention would have read. pairs:
+    their share, which passes 1 where a method reads more than exact does. passes: every pass made over the input.
+    """
+
+    method: Method
+    reason: str
+    rows: dict[str, float]
+    exact_rows: float
+    passes: tuple[str, ...]
+    audit: "Audit | None" = None
+
+    @property
+    def pairs(self) -> float:
+        return sum(self.rows.values()) / self.exact_rows if self.exact_rows else 0.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """out (..., H, n_q, d_v) in q's dtype; lse (..., H, n_q), natural log-sum-exp of the scaled logits, float32 or
+    wider, -inf for a row that saw no key; report: what was done."""
+
+    out: Array
+    lse: Array
+    report: Report
+
+
+def _exact(problem: Problem, method: Exact) -> Solution:
+    out, lse = problem.kernels.exact_attention(
+        problem.q, problem.k, problem.v, causal=problem.causal, scale=problem.scale, mask=problem.mask
+    )
+    rows = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
+    return Solution(out, lse, {"local": rows})
+
+
+_SOLVERS: dict[type, Callable[[Problem, Any], Solution]] = {
+    Exact: _exact,
+    LSH: attend_buckets,
+    Treecode: attend_treecode,
+}
+
+
+def check_method(method: object) -> None:
+    """TypeError unless `method` is one of the methods."""
+    if type(method) not in _SOLVERS:
+        names = ", ".join(f"{kind.__name__}(...)" for kind in _SOLVERS)
+        raise TypeError(f"method must be one of {names}, got {method!r}")
+
+
+def solve(problem: Problem, method: Method) -> Solution:
+    """Run one method on a problem; an empty one gives empty arrays."""
+    if problem.n_q * problem.q.shape[0] * problem.q.shape[1] * problem.v.shape[-1] == 0:
+        xp, lead = problem.xp, problem.q.shape[:3]
+        here = {"dtype": problem.q.dtype, "device": device(problem.q)}
+        return Solution(xp.zeros((*lead, problem.v.shape[-1]), **here), xp.full(lead, -xp.inf, **here))
+    return _SOLVERS[type(method)](problem, method)
+
+
+def choose(problem: Problem) -> tuple[Method, str]:
+    """Exact or Treecode(), whichever is predicted cheaper, and why."""
+    shape = problem.n_q, problem.n_k, problem.causal
+    exact = predicted(*shape, Exact(), problem.kernels.COST)
+    tree = predicted(*shape, Treecode(), problem.kernels.COST)
+    method: Method = Treecode() if tree < exact else Exact()
+    figures = f"per head, in dot products of exact attention: Exact {exact:.3g}, Treecode {tree:.3g}"
+    return method, f"chosen by predicted cost ({figures})"
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    method: Method | None = None,
+    tol: float | None = None,
+    backend: str | None = None,
+    check: bool | None = None,
+    check_finite: bool | None = None,
+) -> Attention:
+    """Attention with its log-sum-exp and a report: softmax(scale q k^T) v, by the method named or the one chosen.
+
+    Shapes: q (..., H, n_q, d), k (..., H_kv, n_k, d), v (..., H_kv, n_k, d_v), H a multiple of H_kv; two axes are one
+    head. dtypes float16, bfloat16, float32 or float64, one for all; sums are in at least float32.
+
+    causal: query i sees the keys at positions up to i + n_k - n_q, so the last query sees every key. scale: factor of
+    q . k, by default d ** -0.5. key_mask (..., n_k) bool, True = keep; masked keys and values may hold anything. A row
+    that sees no key is zeros with lse -inf.
+
+    method: Exact(), LSH(...) or Treecode(...). tol: an error in (0, 1); the cheapest method whose error on sampled rows
+    stays within it is taken (see opoch_xp.tune). With neither, predicted costs choose between Exact and Treecode, and on
+    host arrays a Treecode so chosen is checked on 32 rows a head: ApproximationWarning when the upper end of the error's
+    95% interval passes 10%. check=False never checks, check=True checks whatever the method and the device.
+
+    backend: None for the plugin of the arrays' library, "generic" for the plain Array API kernels. check_finite: whether
+    to look for numbers that are not finite in k and v, which reads them back; by default on host arrays only.
+
+    Cost: see the method. Memory: O(n). Raises TypeError for arguments of a wrong kind, ValueError for ones that do not
+    fit, both naming what was expected and what was given.
+
+    >>> import numpy as np, opoch_xp as ox
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))
+    >>> result = ox.attend(q, k, v, causal=True, method=ox.Treecode(block=32, leaf=4))
+    >>> result.out.shape, result.lse.shape, sorted(result.report.rows)
+    ((2, 100, 8), (2, 100), ['far', 'local', 'near', 'own'])
+    """
+    if method is not None and tol is not None:
+        raise TypeError(f"give method or tol, not both; got method={method!r} and tol={tol!r}")
+    if method is not None:
+        check_method(method)
+    problem = prepare(
+        q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend, check_finite=check_finite
+    )
+    if tol is not None:
+        return _within(tol, problem, q, v)
+    reason, chosen = "named by the caller", method is None
+    if method is None:
+        method, reason = choose(problem)
+    solution = solve(problem, method)
+    audit, passes = None, [f"{method!r} on all rows"]
+    if chosen and isinstance(method, Treecode) and check is None:
+        check = on_host(problem.xp, q)
+    if check and not isinstance(method, Exact) and problem.n_q:
+        audit = _checked(problem, method, solution, q)
+        passes.append(f"Exact() on {audit.rows} rows a head")
+    return _result(problem, solution, q, v, method, reason, passes, audit)
+
+
+def _result(
+    problem: Problem, solution: Solution, q: Array, v: Array, method: Method, reason: str, passes: list[str],
+    audit: "Audit | None",
+) -> Attention:  # fmt: skip
+    exact = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
+    report = Report(method, reason, solution.rows, exact, tuple(passes), audit)
+    return Attention(*restore(q, v, solution.out, solution.lse, problem.xp), report)
+
+
+def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> "Audit":
+    from opoch_xp.audit import audit_solution
+
+    audit = audit_solution(problem, solution, method, tuple(q.shape[:-2]), rows=CHECK_ROWS, seed=0)
+    if audit.worst > WARN_ABOVE:
+        warn(
+            f"{method!r} errs by {audit.error.max():.1%} (95% interval up to {audit.worst:.1%}) on {audit.rows} sampled rows"
+            " of the worst head; give tol= to have a method chosen by its error, method=Exact(), or check=False",
+            ApproximationWarning,
+            stacklevel=4,
+        )
+    return audit
+
+
+def _within(tol: float, problem: Problem, q: Array, v: Array) -> Attention:
+    from opoch_xp.tune import climb
+
+    method, audit, solution = climb(problem, tol, tuple(q.shape[:-2]))
+    passes = [rung.passes for rung in audit.ladder]
+    return _result(problem, solution, q, v, method, f"the cheapest rung of the ladder within tol={tol}", passes, audit)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    method: Method | None = None,
+    tol: float | None = None,
+    backend: str | None = None,
+    check: bool | None = None,
+    check_finite: bool | None = None,
+) -> Array:
+    """The output of `attend` alone, (..., H, n_q, d_v) in q's dtype, device and library: see there for every argument.
+
+    Equals torch.nn.functional.scaled_dot_product_attention with attn_mask=causal_lower_right(n_q, n_k) where causal;
+    torch's is_causal is the same when n_q = n_k.
+
+    >>> import numpy as np, opoch_xp as ox
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))
+    >>> ox.attention(q, k, v, causal=True).shape
+    (2, 100, 8)
+    """
+    return attend(
+        q, k, v, causal=causal, scale=scale, key_mask=key_mask, method=method, tol=tol, backend=backend, check=check,
+        check_finite=check_finite,
+    ).out  # fmt: skip

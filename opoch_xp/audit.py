@@ -1,0 +1,202 @@
+"""Audit: the error of a method on the caller's own input, measured against exact attention on sampled rows."""
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from array_api_compat import device
+
+from opoch_xp.arguments import prepare, restore
+from opoch_xp.attention import Attention, check_method, choose, solve
+from opoch_xp.methods import Method
+from opoch_xp.problem import Problem, Solution
+
+if TYPE_CHECKING:
+    from opoch_xp.tune import Rung
+
+Array = Any
+RESAMPLES = 1000  # of the bootstrap: its percentiles are good to about a tenth of the interval's width
+INTERVAL = (2.5, 97.5)  # percent
+
+
+@dataclass(frozen=True)
+class PerQuery:
+    """Relative error of single queries, |approximate - exact| / |exact|, over all sampled rows and heads."""
+
+    mean: float
+    p50: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Error of a method on sampled rows. Host NumPy figures.
+
+    error (..., H): per head, the Frobenius norm of (approximate - exact) over that of exact, on the sampled rows;
+    interval (..., H, 2): its 95% interval by bootstrap over rows; per_query: figures of single queries; missed: mean of
+    1 - exp(lse - lse_exact), the softmax mass that the method did not see (negative where it saw too much); rows:
+    sampled rows a head; heads: how many; seconds: what the method took, 0 when its output was given. ladder: the rungs
+    tried, when the audit comes from `tune`.
+    """
+
+    error: np.ndarray
+    interval: np.ndarray
+    per_query: PerQuery
+    missed: float
+    rows: int
+    heads: int
+    seed: int
+    method: Method
+    seconds: float = 0.0
+    ladder: "tuple[Rung, ...]" = ()
+
+    @property
+    def worst(self) -> float:
+        """Upper end of the interval of the worst head: what tol is compared with."""
+        return float(self.interval[..., 1].max(initial=0.0))
+
+
+def _host(array: Array) -> np.ndarray:
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+    return np.asarray(array.get() if hasattr(array, "get") else array, dtype=np.float64)
+
+
+def sampled_rows(problem: Problem, rows: int, seed: int) -> np.ndarray:
+    """Row numbers to audit: drawn without replacement among the queries that see a key."""
+    first = max(0, problem.n_q - problem.n_k) if problem.causal else 0
+    seen = problem.n_q - first
+    if rows >= seen:
+        return np.arange(first, problem.n_q)
+    return np.sort(np.random.default_rng(seed).choice(seen, rows, replace=False)) + first
+
+
+def solve_rows(problem: Problem, rows: np.ndarray) -> Solution:
+    """Exact attention of the numbered queries."""
+    xp = problem.xp
+    index = xp.asarray(rows, device=device(problem.q))
+    positions = rows + (problem.n_k - problem.n_q)
+    out, lse = problem.kernels.exact_attention(
+        xp.take(problem.q, index, axis=2), problem.k, problem.v, causal=problem.causal, scale=problem.scale,
+        mask=problem.mask, positions=positions,
+    )  # fmt: skip
+    return Solution(out, lse)
+
+
+def audit_solution(
+    problem: Problem, solution: Solution, method: Method, lead: tuple[int, ...], *, rows: int, seed: int, seconds: float = 0.0
+) -> Audit:
+    """Audit of a solution at hand; `lead` are the caller's batch axes and heads."""
+    chosen = sampled_rows(problem, rows, seed)
+    exact = solve_rows(problem, chosen)
+    index = problem.xp.asarray(chosen, device=device(problem.q))
+    out = _host(problem.xp.take(solution.out, index, axis=2))
+    lse = _host(problem.xp.take(solution.lse, index, axis=2))
+    exact_out, exact_lse = _host(exact.out), _host(exact.lse)
+    heads = out.shape[0] * out.shape[1]
+    shape = (heads, len(chosen))
+    wrong = ((out - exact_out) ** 2).sum(-1).reshape(shape)
+    right = (exact_out**2).sum(-1).reshape(shape)
+    wrong = np.where(np.isfinite(wrong), wrong, np.inf)  # a method that gave NaN where exact did not has not met anything
+
+    draw = np.random.default_rng(seed).multinomial(len(chosen), np.full(len(chosen), 1 / max(len(chosen), 1)), RESAMPLES)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = _ratio(wrong.sum(1), right.sum(1))
+        resampled = _ratio(np.where(np.isinf(wrong), 1e300, wrong) @ draw.T, right @ draw.T)  # (heads, RESAMPLES)
+        single = _ratio(wrong, right)
+        share = np.exp(np.where(np.isneginf(exact_lse), 0.0, lse - np.where(np.isneginf(exact_lse), 0.0, exact_lse)))
+    interval = np.percentile(resampled, INTERVAL, axis=1).T if single.size else np.zeros((heads, 2))
+    figures = PerQuery(*(float(f(single)) if single.size else 0.0 for f in (np.mean, np.median, _p99, np.max)))
+    missed = float(np.mean(1 - share)) if share.size else 0.0
+    return Audit(
+        error.reshape(lead), interval.reshape(*lead, 2), figures, missed, len(chosen), heads, seed, method, seconds
+    )
+
+
+def _ratio(wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Relative error; an exact output of zeros that is met counts as no error."""
+    return np.sqrt(np.where(wrong == 0, 0.0, wrong / right))
+
+
+def _p99(x: np.ndarray) -> float:
+    return float(np.percentile(x, 99))
+
+
+def check_rows(rows: object, seed: object) -> None:
+    for name, value, low in (("rows", rows, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+def audit(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    method: Method | None = None,
+    rows: int = 256,
+    seed: int = 0,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    backend: str | None = None,
+    check_finite: bool | None = None,
+    output: Attention | None = None,
+) -> Audit:
+    """Error of a method on this input, on `rows` sampled rows a head: the method runs in full, the rows exactly.
+
+    Arrays as in `attend`. method: by default the one that attend would choose. output: the Attention of an earlier call
+    with the same arguments; its figures are audited and the method does not run again. Reads the rows back to the host.
+    Cost: the method, and rows * n_k dot products a head. Raises as attend does, and ValueError for rows < 1.
+
+    >>> import numpy as np, opoch_xp as ox
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 300, 8))
+    >>> found = ox.audit(q, k, v, method=ox.Treecode(block=32, leaf=4), rows=64)
+    >>> found.error.shape, found.interval.shape, bool(found.error.max() < found.worst)
+    ((2,), (2, 2), True)
+    """
+    check_rows(rows, seed)
+    if method is not None:
+        check_method(method)
+    problem = prepare(
+        q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend, check_finite=check_finite
+    )
+    lead = tuple(q.shape[:-2])
+    if output is not None:
+        xp, shape = problem.xp, (*problem.q.shape[:3], problem.v.shape[-1])
+        out = xp.reshape(xp.astype(output.out, problem.q.dtype, copy=False), shape)
+        given = Solution(out, xp.reshape(output.lse, shape[:3]))
+        return audit_solution(problem, given, output.report.method, lead, rows=rows, seed=seed)
+    if method is None:
+        method, _ = choose(problem)
+    start = perf_counter()
+    solution = solve(problem, method)
+    problem.kernels.synchronize(solution.out)
+    seconds = perf_counter() - start
+    return audit_solution(problem, solution, method, lead, rows=rows, seed=seed, seconds=seconds)
+
+
+def exact_rows(
+    q: Array,
+    k: Array,
+    v: Array,
+    rows: np.ndarray,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    backend: str | None = None,
+    check_finite: bool | None = None,
+) -> tuple[Array, Array]:
+    """Exact attention of the numbered queries alone: out (..., H, rows, d_v) and lse (..., H, rows).
+
+    rows: host integers, row numbers of q. Otherwise as `attend`.
+    """
+    problem = prepare(
+        q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend, check_finite=check_finite
+    )
+    solution = solve_rows(problem, np.asarray(rows))
+    picked = problem.xp.take(q, problem.xp.asarray(np.asarray(rows), device=device(problem.q)), axis=-2)
+    return restore(picked, v, solution.out, solution.lse, problem.xp)

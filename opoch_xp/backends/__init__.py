@@ -1,0 +1,116 @@
+"""Registry of backends: one entry-point group, read once; one dictionary lookup a call.
+
+A plugin is a module named by an entry point of the group `opoch_xp.backends`; the entry point's name is the array
+library. It may define any of KERNELS, with the signature and meaning of the twin in `opoch_xp.backends.generic`; what
+it lacks is filled with that twin once, when the plugin is loaded. Nothing falls back at call time.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from types import SimpleNamespace
+from typing import Any
+
+GROUP = "opoch_xp.backends"
+KERNELS = (
+    "exact_attention",
+    "hash_codes",
+    "bucket_attention",
+    "build_tree",
+    "tree_attention",
+    "merge_part",
+    "synchronize",
+)
+CONSTANTS = ("COST",)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One installed backend: where it comes from, whether it can be used, which kernels are its own."""
+
+    name: str
+    source: str
+    version: str
+    available: bool
+    reason: str
+    native: tuple[str, ...]
+    generic: tuple[str, ...]
+
+
+def library(xp: Any) -> str:
+    """Name of the array library behind a namespace: "numpy", "torch", "jax", "array_api_strict", ..."""
+    parts = xp.__name__.split(".")
+    return parts[1] if parts[0] == "array_api_compat" and len(parts) > 1 else parts[0]
+
+
+@cache
+def _found() -> dict[str, tuple[EntryPoint, ...]]:
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=GROUP):
+        known = found.setdefault(point.name, ())
+        if all(point.value != other.value for other in known):  # one distribution may be on the path twice
+            found[point.name] = (*known, point)
+    return found
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.value} ({point.dist.name} {point.dist.version})" if point.dist else point.value
+
+
+def _module(name: str) -> Any:
+    if name == "generic":
+        return import_module("opoch_xp.backends.generic")
+    points = _found()[name]
+    if len(points) > 1:
+        raise RuntimeError(
+            f"backend {name!r} is defined by more than one plugin: {', '.join(map(_origin, points))}; uninstall all but one"
+        )
+    return points[0].load()
+
+
+@cache
+def _kernels(name: str) -> SimpleNamespace:
+    generic = import_module("opoch_xp.backends.generic")
+    module = _module(name)
+    members = {kernel: getattr(module, kernel, None) or getattr(generic, kernel) for kernel in (*KERNELS, *CONSTANTS)}
+    native = tuple(kernel for kernel in KERNELS if hasattr(module, kernel))
+    return SimpleNamespace(name=name, native=native, **members)
+
+
+@cache
+def kernels_for(xp: Any, backend: str | None = None) -> SimpleNamespace:
+    """Kernels, as attributes, for arrays of the namespace `xp`: its plugin's, or the generic twins.
+
+    Raises ValueError for a backend that is not installed or is for another library, RuntimeError for two plugins of
+    one name; a plugin that fails to import raises its own exception.
+    """
+    name = library(xp)
+    if backend not in (None, name, "generic"):
+        known = ", ".join(sorted({"generic", *_found()}))
+        if backend not in _found():
+            raise ValueError(f"backend must be one of {known}; got {backend!r}")
+        raise ValueError(f"backend {backend!r} takes {backend} arrays, got {name} arrays")
+    if backend == name and name not in _found():
+        raise ValueError(f"no backend {backend!r} is installed; backend=None or 'generic' uses the generic kernels")
+    return _kernels(name if name in _found() and backend != "generic" else "generic")
+
+
+def backends() -> list[Backend]:
+    """Every backend that is installed: its name, source, version, whether it can be used or why not, its kernels.
+
+    A backend that is broken is listed with its reason; nothing is raised.
+    """
+    listing = []
+    for name, points in sorted({**_found(), "generic": ()}.items()):
+        source = ", ".join(map(_origin, points)) or "opoch_xp.backends.generic"
+        version = points[0].dist.version if points and points[0].dist else ""
+        try:
+            kernels = _kernels(name)
+            reason = getattr(_module(name), "unavailable", lambda: "")()
+            native = kernels.native
+        except Exception as error:  # any plugin may fail in any way; the listing says how
+            reason, native = f"{type(error).__name__}: {error}", ()
+        filled = tuple(kernel for kernel in KERNELS if kernel not in native) if native else ()
+        listing.append(Backend(name, source, version, not reason, reason, native, filled))
+    return listing

@@ -1,0 +1,30 @@
+"""Generic kernels in plain Array API standard 2024.12: the specification, and the twin of every plugin's kernel."""
+
+from typing import Any
+
+from opoch_xp.backends.generic.buckets import bucket_attention
+from opoch_xp.backends.generic.exact import exact_attention, merge_part
+from opoch_xp.backends.generic.hashing import hash_codes
+from opoch_xp.backends.generic.tree import build_tree, tree_attention
+from opoch_xp.cost import Cost
+
+__all__ = [
+    "COST",
+    "bucket_attention",
+    "build_tree",
+    "exact_attention",
+    "hash_codes",
+    "merge_part",
+    "synchronize",
+    "tree_attention",
+]
+
+COST = Cost(read=4.0, split=10.0)
+
+
+def synchronize(*arrays: Any) -> None:
+    """Wait until the arrays are computed. Nothing to wait for on a host."""
+    for array in arrays:
+        wait = getattr(array, "block_until_ready", None)
+        if wait is not None:
+            wait()

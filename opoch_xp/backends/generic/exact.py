@@ -1,0 +1,97 @@
+"""Streaming exact attention and the merging of parts, for any array library of the Array API standard."""
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+Array = Any
+ELEMENTS = 2**22  # logits held at a time: 16 MB in float32
+ROWS, KEYS = 512, 1024
+
+
+def exact_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    scale: float,
+    mask: Array | None = None,
+    positions: np.ndarray | None = None,
+) -> tuple[Array, Array]:
+    """Softmax attention over every visible key, with a running maximum: O(rows * KEYS) memory.
+
+    q (batch, repeat, n_q, d), k (batch, n_k, d), v (batch, n_k, d_v), mask (batch, n_k) bool. Causal: query i sees the
+    keys at positions up to positions[i] (host integers), by default i + n_k - n_q.
+    Returns out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q); a row that sees no key is zeros with lse -inf.
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+    """
+    xp = array_namespace(q)
+    batch, repeat, n_q, _ = q.shape
+    n_k = k.shape[1]
+    last = None
+    if causal:
+        last = np.arange(n_q) + (n_k - n_q) if positions is None else np.asarray(positions)
+    step = max(1, ELEMENTS // max(1, repeat * min(n_q, ROWS) * min(n_k, KEYS)))
+    heads = []
+    for b in range(0, batch, step):
+        rows = []
+        for r in range(0, n_q, ROWS):
+            block = q[b : b + step, :, r : r + ROWS, :]
+            seen = None if last is None else last[r : r + ROWS]
+            kept = None if mask is None else mask[b : b + step, :]
+            rows.append(_rows(xp, block, k[b : b + step, :, :], v[b : b + step, :, :], scale, kept, seen))
+        heads.append([xp.concat([row[i] for row in rows], axis=2) for i in (0, 1)])
+    return xp.concat([head[0] for head in heads], axis=0), xp.concat([head[1] for head in heads], axis=0)
+
+
+def _rows(
+    xp: Any, q: Array, k: Array, v: Array, scale: float, mask: Array | None, last: np.ndarray | None
+) -> tuple[Array, Array]:
+    here = {"device": device(q), "dtype": q.dtype}
+    top = xp.full(q.shape[:3], -xp.inf, **here)
+    total = xp.zeros(q.shape[:3], **here)
+    out = xp.zeros((*q.shape[:3], v.shape[-1]), **here)
+    stop = k.shape[1] if last is None else max(0, min(k.shape[1], int(last.max()) + 1))
+    for s in range(0, stop, KEYS):
+        e = min(s + KEYS, stop)
+        logits = scale * (q @ xp.permute_dims(k[:, s:e, :], (0, 2, 1))[:, None, :, :])  # (batch, repeat, rows, keys)
+        if last is not None and e - 1 > int(last.min()):
+            visible = xp.asarray(np.arange(s, e)[None] <= last[:, None], device=device(q))
+            logits = xp.where(visible, logits, -xp.inf)
+        if mask is not None:
+            logits = xp.where(mask[:, None, None, s:e], logits, -xp.inf)
+        highest = xp.maximum(top, xp.max(logits, axis=-1))
+        shift = xp.where(highest == -xp.inf, 0.0, highest)
+        weight = xp.exp(logits - shift[..., None])
+        keep = xp.exp(top - shift)
+        out = out * keep[..., None] + weight @ v[:, None, s:e, :]
+        total = total * keep + xp.sum(weight, axis=-1)
+        top = highest
+    seen = total != 0
+    lse = xp.where(seen, top + xp.log(xp.where(seen, total, 1.0)), -xp.inf)
+    return out / xp.where(seen, total, 1.0)[..., None], lse
+
+
+def merge_part(out: Array, lse: Array, part: Array, part_lse: Array, start: int) -> tuple[Array, Array]:
+    """Merge a part over other keys into the rows [start, start + n) of (out, lse), weighted by lse.
+
+    out (batch, repeat, n_q, d_v), lse (batch, repeat, n_q); part and part_lse the same with n rows. Returns the new
+    pair; a plugin may reuse the memory of out and lse, which the caller gives up.
+    """
+    xp = array_namespace(out)
+    stop = start + part_lse.shape[2]
+    old, old_lse = out[:, :, start:stop, :], lse[:, :, start:stop]
+    top = xp.maximum(old_lse, part_lse)
+    shift = xp.where(top == -xp.inf, 0.0, top)
+    a, b = xp.exp(old_lse - shift), xp.exp(part_lse - shift)
+    total = a + b
+    seen = total != 0
+    safe = xp.where(seen, total, 1.0)
+    new = old * (a / safe)[..., None] + part * (b / safe)[..., None]
+    new_lse = xp.where(seen, shift + xp.log(safe), -xp.inf)
+    return (
+        xp.concat([out[:, :, :start, :], new, out[:, :, stop:, :]], axis=2),
+        xp.concat([lse[:, :, :start], new_lse, lse[:, :, stop:]], axis=2),
+    )

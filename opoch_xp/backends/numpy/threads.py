@@ -1,0 +1,102 @@
+"""Threads of the NumPy plugin: tasks over all cores, BLAS held to one thread meanwhile.
+
+How many: `threads(n)` around a call, else the environment variable OPOCH_NUM_THREADS, else the cores this process may
+use. Results do not depend on the number. Without threadpoolctl BLAS cannot be held, so tasks then run one after
+another and BLAS keeps its own threads.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
+from threading import Lock
+from typing import Any, TypeVar
+
+import numpy as np
+
+try:
+    from threadpoolctl import ThreadpoolController
+except ImportError:  # an extra: see the docstring
+    ThreadpoolController = None
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_chosen: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+def thread_count() -> int:
+    """Threads a kernel of this plugin will use now.
+
+    Raises ValueError when OPOCH_NUM_THREADS is not a whole number of at least 1.
+    """
+    if ThreadpoolController is None:
+        return 1
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    text = os.environ.get("OPOCH_NUM_THREADS")
+    if text is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"OPOCH_NUM_THREADS must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Limit the plugin's kernels to `number` threads within the block."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"number of threads must be a whole number of at least 1, got {number!r}")
+    token = _chosen.set(number)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+class _OneBlasThread:
+    """Holds BLAS to one thread while any call is inside: the limit is the whole process's, so calls are counted."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.controller, self.limit = Lock(), 0, None, None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1 and ThreadpoolController is not None:
+                self.controller = self.controller or ThreadpoolController()
+                self.limit = self.controller.limit(limits=1, user_api="blas")
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0 and self.limit is not None:
+                self.limit.restore_original_limits()
+                self.limit = None
+
+
+_one_blas_thread: Any = _OneBlasThread()
+
+
+def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
+    """[function(task) for task in tasks], over the threads, floating-point warnings off. The first error is raised."""
+    tasks = list(tasks)
+    results: list[Any] = [None] * len(tasks)
+    numbers = count()
+
+    def work() -> None:
+        with np.errstate(all="ignore"):
+            while (number := next(numbers)) < len(tasks):
+                results[number] = function(tasks[number])
+
+    workers = min(thread_count(), len(tasks))
+    with _one_blas_thread:
+        if workers <= 1:
+            work()
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                for future in [pool.submit(work) for _ in range(workers)]:
+                    future.result()
+    return results

@@ -1,0 +1,136 @@
+"""Queries, keys and values from a user's own file: .npz or .safetensors, arrays named q, k and v.
+
+Nothing in a file is trusted: no pickles, and every size is checked against the bytes that are there before memory is
+taken. Errors name the file and what was expected.
+"""
+
+import json
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+NAMES = ("q", "k", "v")
+SUFFIXES = (".npz", ".safetensors")
+HEADER_LIMIT = 100_000_000  # bytes of a safetensors header: the limit of the format's own library
+# https://github.com/huggingface/safetensors#format; bfloat16 is read as its bits and widened to float32
+SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def load_qkv(path: str | Path) -> QKV:
+    """The arrays q, k and v of an .npz or .safetensors file, as float16, float32 or float64.
+
+    bfloat16 (safetensors) becomes float32, which holds it exactly. Shapes are the caller's: `opoch_xp.attention` checks
+    that they fit one another. Raises FileNotFoundError, or ValueError for a file of another kind, damaged or truncated,
+    without arrays of these names, with pickled objects or with dtypes that are not floating point.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: expected a file ending in {' or '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
+    if len(set(dtypes.values())) > 1:
+        given = ", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{path}: q, k and v must have one dtype, got {given}")
+    return arrays["q"], arrays["k"], arrays["v"]
+
+
+def _check_names(path: Path, held: list[str]) -> None:
+    missing = [name for name in NAMES if name not in held]
+    if missing:
+        raise ValueError(
+            f"{path}: expected arrays named q, k and v; {', '.join(missing)} missing, "
+            f"the file holds {', '.join(sorted(held)) or 'nothing'}"
+        )
+
+
+def _check_float(path: Path, name: str, dtype: np.dtype) -> None:
+    if dtype.kind == "O":
+        raise ValueError(
+            f"{path}: {name} holds pickled Python objects, which are never loaded; save it as a float array"
+        )
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise ValueError(f"{path}: {name} must be float16, float32 or float64, got {dtype}")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            _check_names(path, list(members))
+            for name in NAMES:  # all of them, before any is read
+                with archive.open(members[name]) as file:
+                    _check_npy(path, name, file, members[name].file_size)
+            return {name: _native(_read_npy(archive, members[name])) for name in NAMES}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+        raise ValueError(f"{path}: damaged or truncated, or no .npz file ({error})") from None
+
+
+def _check_npy(path: Path, name: str, file: Any, size: int) -> None:
+    """One array's header against the bytes that the archive says it has."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(file)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {name} is no array of NumPy's format ({error})") from None
+    _check_float(path, name, dtype)
+    expected, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if expected != held:
+        raise ValueError(f"{path}: {name} of shape {shape} needs {expected:,} bytes, the file holds {held:,}")
+
+
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise ValueError(f"{path}: damaged or truncated, or no .safetensors file (header of {length:,} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            held = [name for name in header if name != "__metadata__"]
+            _check_names(path, held)
+            entries = {name: _entry(path, name, header[name], size - 8 - length) for name in NAMES}
+        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: the header is not that of a .safetensors file ({error})") from None
+        return {name: _read_tensor(file, 8 + length, *entries[name]) for name in NAMES}
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], data_bytes: int) -> tuple[str, tuple[int, ...], int]:
+    """(dtype, shape, offset) of one tensor, checked against the bytes of data that the file has."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{path}: {name} must be F16, BF16, F32 or F64, got {dtype}")
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{path}: {name} has shape {shape} and offsets [{begin}, {end}]: expected whole numbers")
+    expected = math.prod(shape) * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize
+    if end - begin != expected or end > data_bytes:
+        held = max(0, min(end, data_bytes) - begin)
+        raise ValueError(f"{path}: {name} of shape {shape} needs {expected:,} bytes, the file holds {held:,}")
+    return dtype, shape, begin
+
+
+def _read_tensor(file: BinaryIO, start: int, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    file.seek(start + offset)
+    bits = np.fromfile(file, SAFETENSORS_DTYPES[dtype], math.prod(shape)).reshape(shape)
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return _native(bits)

@@ -1,0 +1,46 @@
+"""Problem: one call of attention, checked and laid out the way kernels take it; Solution: what a method gives back."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Queries, keys and values in the accumulation dtype (float32, or float64 for float64), heads in one batch axis.
+
+    q (batch, repeat, n_q, d): `repeat` query heads share a key head; k (batch, n_k, d); v (batch, n_k, d_v);
+    mask (batch, n_k) bool, True = keep, or None. Masked keys and values are already zeros.
+    Causal: query i stands at position i + n_k - n_q and sees the keys at positions up to its own.
+    """
+
+    xp: Any  # the array-api-compat namespace of the arrays
+    kernels: Any  # the kernels of the backend, as attributes: see opoch_xp.backends
+    q: Array
+    k: Array
+    v: Array
+    mask: Array | None
+    causal: bool
+    scale: float
+
+    @property
+    def n_q(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def n_k(self) -> int:
+        return self.k.shape[1]
+
+    def last_queries(self, n: int) -> "Problem":
+        """The same problem for the last n queries; causal positions stay what they were."""
+        return self if n >= self.n_q else replace(self, q=self.q[:, :, self.n_q - n :, :])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), and the rows read per query by part (mean)."""
+
+    out: Array
+    lse: Array
+    rows: dict[str, float] = field(default_factory=dict)
