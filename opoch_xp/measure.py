@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Result = TypeVar("Result")
 
@@ -17,21 +17,15 @@ CPUINFO = Path("/proc/cpuinfo")
 CLEAR = Path("/proc/self/clear_refs")  # writing 5 sets VmHWM back to VmRSS
 
 
-def timed(
-    function: Callable[[], Result], synchronize: Callable[[], Any] | None = None
-) -> tuple[Result, float, int | None]:
+def timed(function: Callable[[], Result]) -> tuple[Result, float, int | None]:
     """Call `function` and return (its result, wall seconds, peak extra bytes).
 
     Peak extra bytes: the high-water mark of resident memory during the call above the level just before it, the result
-    included. None where the system cannot tell. `synchronize` waits for a device, before and after.
+    included. None where the system cannot tell. Where a device computes, `function` has to wait for it.
     """
-    if synchronize is not None:
-        synchronize()
     level = _start_memory()
     start = time.perf_counter()
     result = function()
-    if synchronize is not None:
-        synchronize()
     seconds = time.perf_counter() - start
     return result, seconds, _extra_memory(level)
 

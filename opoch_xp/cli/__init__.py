@@ -1,0 +1,14 @@
+"""Command line: `opoch-xp wall`, `opoch-xp audit FILE`, `opoch-xp backends`. Needs the extra `cli`."""
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> None:
+    """Run the command line, or say in one line what has to be installed for it."""
+    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
+    if missing:
+        sys.exit(f'opoch-xp needs {" and ".join(missing)}: pip install "opoch-xp[cli]"')
+    from opoch_xp.cli.app import app
+
+    app(prog_name="opoch-xp")

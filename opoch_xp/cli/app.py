@@ -1,0 +1,119 @@
+"""The commands and their options."""
+
+import functools
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import opoch_xp
+
+app = typer.Typer(
+    help="Attention over sequences too long for exact attention, with its error measured.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Workload(StrEnum):
+    """The names of `opoch_xp.workloads`."""
+
+    topics = "topics"
+    scattered = "scattered"
+    heads = "heads"
+    gaussian = "gaussian"
+    needles = "needles"
+    sinks = "sinks"
+    identical = "identical"
+
+
+Causal = Annotated[
+    bool, typer.Option("--causal/--no-causal", help="Whether a token sees only itself and those before.")
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE as well (- is stdout).")
+]
+BackendName = Annotated[str, typer.Option("--backend", help="Array library to compute with, or generic.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all that is random.")]
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """What the library refuses becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"opoch-xp: {message}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"opoch-xp {opoch_xp.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Attention over sequences too long for exact attention, with its error measured."""
+
+
+@app.command()
+@one_line_errors
+def wall(
+    workload: Annotated[Workload | None, typer.Option(help="One table of this input instead of the usual two.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Default: 1,000,000; 8,192 for heads.")] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Dimensions of a head.")] = 64,
+    heads: Annotated[int | None, typer.Option(min=1, help="Default: 1; all 16 of the model for heads.")] = None,
+    causal: Causal = True,
+    backend: BackendName = "numpy",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Attention over a million tokens: every method's time, memory and measured error, beside exact attention.
+
+    Without --workload two tables: clustered topics, then the heads of a small language model on real text.
+    """
+    from opoch_xp.cli.tables import Sink
+    from opoch_xp.cli.wall import Setup, measure_wall
+
+    chosen = workload.value if workload else None
+    measure_wall(Setup(chosen, tokens, dim, heads, causal, backend, seed), Sink(json))
+
+
+@app.command()
+@one_line_errors
+def audit(
+    file: Annotated[Path, typer.Argument(help="A .npz or .safetensors file with arrays q, k and v.")],
+    tol: Annotated[float, typer.Option(help="Largest error allowed, for the method it would choose.")] = 0.02,
+    causal: Causal = True,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Every method on your own queries, keys and values: error against time, and the one to choose for --tol."""
+    from opoch_xp.cli.audit import audit_file
+    from opoch_xp.cli.tables import Sink
+
+    audit_file(file, tol, causal, seed, Sink(json))
+
+
+@app.command()
+@one_line_errors
+def backends(json: Json = None) -> None:
+    """What is installed, from where, and whether it can be used."""
+    from opoch_xp.cli.backends import list_backends
+    from opoch_xp.cli.tables import Sink
+
+    list_backends(Sink(json))

@@ -1,0 +1,177 @@
+"""Rows: one method on one input, with its time, its memory and its error measured in the same run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from opoch_xp.arguments import prepare
+from opoch_xp.attention import Attention, attend
+from opoch_xp.audit import audit, exact_rows
+from opoch_xp.backends import backends, kernels_for
+from opoch_xp.cli.tables import method_name
+from opoch_xp.cost import visible_pairs
+from opoch_xp.measure import timed
+from opoch_xp.methods import Exact, Method
+
+Array = Any
+AUDIT_ROWS = 256  # a head
+FULL_PAIRS = 1_000_000_000  # pairs of query and key up to which exact attention runs in full: a few seconds
+SAMPLE_ROWS = 4096  # query rows a head that exact attention is timed on beyond that
+SAMPLE_PAIRS = 2_500_000_000  # and fewer of them where rows are long
+WARM_ROWS = 1000  # of a call before the clock starts, so that imports and start-up are not counted
+# the library whose arrays a backend takes, where that is not its own name; a plugin's name is its library's
+LIBRARIES = {"generic": "numpy", "numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "cupy": "cupy"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """Arrays of one library, how attention is asked for, and the backend that computes it."""
+
+    q: Array
+    k: Array
+    v: Array
+    causal: bool
+    backend: str | None = None
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        return int(np.prod(self.q.shape[:-2]))
+
+    @property
+    def pairs(self) -> int:
+        return self.heads * visible_pairs(self.q.shape[-2], self.k.shape[-2], self.causal)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. error: mean over heads of the Frobenius error; bound: upper end of its 95% interval on the
+    worst head; p99: of single queries; pairs: share of the visible pairs that were computed. None: not measured."""
+
+    method: str
+    seconds: float | None = None
+    speedup: float | None = None
+    extra_bytes: int | None = None
+    error: float | None = None
+    bound: float | None = None
+    p99: float | None = None
+    pairs: float | None = None
+    bits: float | None = None
+    extrapolated: bool = False
+    refused: bool = False
+
+
+def arrays_of(backend: str, *arrays: np.ndarray) -> tuple[Array, ...]:
+    """The arrays in the library that the backend is for; ValueError where there is none, or it is not installed."""
+    names = sorted({*LIBRARIES, *(entry.name for entry in backends())})
+    if backend not in names:
+        raise ValueError(f"--backend must be one of {', '.join(names)}; got {backend!r}")
+    library = LIBRARIES.get(backend, backend)
+    try:
+        xp = import_module(library)
+    except ModuleNotFoundError:
+        raise ValueError(f"--backend {backend} needs {library}, which is not installed") from None
+    return tuple(xp.asarray(array) for array in arrays)
+
+
+def host(array: Array) -> np.ndarray:
+    """The array in NumPy."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def check(given: Input) -> None:
+    """Every check of the library on the arrays, before anything is computed."""
+    prepare(given.q, given.k, given.v, causal=given.causal, backend=given.backend)
+
+
+def run(given: Input, method: Method) -> Attention:
+    """Attention, waited for where a device computes."""
+    result = attend(given.q, given.k, given.v, causal=given.causal, method=method, backend=given.backend, check=False)
+    wait(given, result.out)
+    return result
+
+
+def wait(given: Input, array: Array) -> None:
+    kernels_for(array_namespace(array), given.backend).synchronize(array)
+
+
+def warm_up(given: Input, method: Method) -> None:
+    """A short call before the clock starts."""
+    q, k, v = (array[..., :WARM_ROWS, :] for array in (given.q, given.k, given.v))
+    run(replace(given, q=q, k=k, v=v), method)
+
+
+def materialised_row(given: Input) -> Row:
+    """Exact attention with its matrix of logits in memory: what it would need; it is not run."""
+    logits = given.heads * given.q.shape[-2] * given.k.shape[-2] * np.dtype(np.float32).itemsize
+    return Row("Exact, matrix in memory", extra_bytes=logits, refused=True)
+
+
+def exact_row(given: Input) -> Row:
+    """Streaming exact attention, in full where that takes seconds, else on evenly spaced rows and extrapolated."""
+    name, n_q = "Exact(), streaming", given.q.shape[-2]
+    exact = Row(name, speedup=1.0, error=0.0, bound=0.0, p99=0.0, pairs=1.0)
+    if given.pairs <= FULL_PAIRS:
+        warm_up(given, Exact())
+        _, seconds, extra = timed(lambda: run(given, Exact()))
+        return replace(exact, seconds=seconds, extra_bytes=extra)
+    count = max(1, min(SAMPLE_ROWS, SAMPLE_PAIRS * n_q // given.pairs))
+    rows = np.unique(np.linspace(0, n_q - 1, count).round().astype(np.int64))
+
+    def sample() -> Array:
+        out, _ = exact_rows(
+            given.q, given.k, given.v, rows, causal=given.causal, backend=given.backend, check_finite=False
+        )
+        wait(given, out)
+        return out
+
+    warm_up(given, Exact())
+    out, seconds, extra = timed(sample)
+    if extra is not None:  # the outputs that were not computed would be held as well
+        extra += int(np.prod(out.shape)) // len(rows) * (n_q - len(rows)) * np.dtype(np.float32).itemsize
+    return replace(exact, seconds=seconds * n_q / len(rows), extra_bytes=extra, extrapolated=True)
+
+
+def method_row(given: Input, method: Method, exact: Row, name: str | None = None) -> Row:
+    """A method in full, and its error against exact attention on sampled rows of that same output."""
+    warm_up(given, method)
+    result, seconds, extra = timed(lambda: run(given, method))
+    found = audit(
+        given.q, given.k, given.v, causal=given.causal, backend=given.backend, output=result, rows=AUDIT_ROWS,
+        seed=given.seed, check_finite=False,
+    )  # fmt: skip
+    return Row(
+        name or method_name(method),
+        seconds=seconds,
+        speedup=exact.seconds / seconds if exact.seconds is not None else None,
+        extra_bytes=extra,
+        error=float(np.mean(found.error)),
+        bound=found.worst,
+        p99=found.per_query.p99,
+        pairs=float(result.report.pairs),
+        extrapolated=exact.extrapolated,
+    )
+
+
+def measure_rows(given: Input, methods: list[tuple[str | None, Method]], begin: Callable[[str], None]) -> list[Row]:
+    """Exact attention, then every method; `begin` is told what is being measured."""
+    begin("Exact()")
+    rows = [exact_row(given)]
+    for name, method in methods:
+        begin(name or method_name(method))
+        rows.append(method_row(given, method, rows[0], name))
+    return rows
+
+
+def error_notes(heads: int, rows: int) -> list[str]:
+    """What the columns of errors, memory and pairs say."""
+    several = "mean over heads, " if heads > 1 else ""
+    return [
+        f"error: Frobenius norm of (approximate - exact) over that of exact, {several}on {rows:,} sampled rows a head "
+        "of the timed output; p99: of single queries.",
+        "extra memory: high-water mark above the inputs, output included; pairs: rows read, over keys seen.",
+    ]

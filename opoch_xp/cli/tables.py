@@ -1,0 +1,175 @@
+"""How results look: one table type, the words for figures, and where tables, progress and JSON go."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from opoch_xp.methods import LSH, Method
+
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")  # powers of 1,000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, lines that say what was measured, columns (the first is text, the rest figures), rows and notes."""
+
+    title: str
+    about: Sequence[str]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    text_columns: int = 1
+
+
+class Sink:
+    """Where a command's results go: tables to stdout, and the same figures to a JSON file if one was named.
+
+    Raises FileNotFoundError before anything is measured when the file's folder is not there.
+    """
+
+    def __init__(self, json_path: Path | None = None) -> None:
+        self.json_path = json_path
+        if json_path is not None and not self._json_to_stdout and not json_path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--json: no folder {json_path.absolute().parent}")
+        self.console = Console(stderr=self._json_to_stdout, highlight=False)
+
+    @property
+    def _json_to_stdout(self) -> bool:
+        return str(self.json_path) == "-"
+
+    def show(self, table: Table) -> None:
+        """Print a table; as Markdown where the output is no terminal, at full width, so that it can be pasted."""
+        if not self.console.is_terminal:
+            self.console.file.write(_markdown(table))
+            return
+        grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, column in enumerate(table.columns):
+            text = number < table.text_columns
+            grid.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        for row in table.rows:
+            grid.add_row(*(Text(cell) for cell in row))
+        self.console.print(Text(table.title, style="bold"))
+        for line in table.about:
+            self.console.print(Text(line))
+        self.console.print(grid)
+        for line in table.notes:
+            self.console.print(Text(line, style="dim"))
+        self.console.print()
+
+    def write_json(self, results: Any) -> None:
+        """The figures of every table, whole or not at all."""
+        if self.json_path is None:
+            return
+        text = json.dumps(results, indent=2)
+        if self._json_to_stdout:
+            print(text)
+            return
+        part = self.json_path.with_name(f".{self.json_path.name}.{os.getpid()}")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self.json_path)
+
+
+def _markdown(table: Table) -> str:
+    """The table as Markdown, its columns padded so that it reads as plain text too."""
+    grid = [list(table.columns), *(list(row) for row in table.rows)]
+    widths = [max(len(row[column]) for row in grid) for column in range(len(table.columns))]
+
+    def line(row: list[str]) -> str:
+        cells = (
+            cell.ljust(width) if column < table.text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return f"| {' | '.join(cells)} |"
+
+    rule = ("-" * (width + 2) if n < table.text_columns else "-" * (width + 1) + ":" for n, width in enumerate(widths))
+    body = [line(grid[0]), f"|{'|'.join(rule)}|", *map(line, grid[1:])]
+    parts = ([table.title, *table.about], body, list(table.notes))
+    return "\n".join("\n".join([*part, ""]) for part in parts if part) + "\n"
+
+
+@contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, when that is a terminal; call what is yielded with the name of each step as it begins."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    # two frames a second: the thread that draws must not take time from what is being measured
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=steps)
+        begun = False
+
+        def begin(description: str) -> None:
+            nonlocal begun
+            bar.update(task, advance=int(begun), description=description, refresh=True)
+            begun = True
+
+        yield begin
+
+
+def seconds(value: float | None, extrapolated: bool = False) -> str:
+    """12 ms, 1.06 s, 837 s; ~ before what was extrapolated."""
+    if value is None:
+        return ""
+    text = f"{1000 * value:.3g} ms" if value < 0.9995 else f"{_three(value)} s"
+    return f"~{text}" if extrapolated else text
+
+
+def size(value: float | None, extrapolated: bool = False) -> str:
+    """Bytes in powers of 1,000: 4.0 TB."""
+    if value is None:
+        return "n/a"
+    unit = 0
+    while value >= 999.5 and unit < len(BYTE_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    text = f"{value:.1f} {BYTE_UNITS[unit]}" if value < 9.95 and unit else f"{value:.0f} {BYTE_UNITS[unit]}"
+    return f"~{text}" if extrapolated else text
+
+
+def percent(value: float | None) -> str:
+    """A share or a relative error in percent, to two or three figures."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    if value < 1e-6:
+        return "<0.0001%"
+    return (
+        f"{100 * value:.0f}%"
+        if value >= 0.9995
+        else f"{100 * value:.1f}%"
+        if value >= 0.0995
+        else f"{100 * value:#.2g}%"
+    )
+
+
+def factor(value: float | None) -> str:
+    """A speed-up: 52x, 0.8x."""
+    return "" if value is None else f"{_three(value)}x"
+
+
+def _three(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def method_name(method: Method) -> str:
+    """A method as one would write it: the parameters that are not at their defaults, and always an LSH's size."""
+    always = ("bits", "tables") if isinstance(method, LSH) else ()
+    given = [field for field in fields(method) if field.name in always or getattr(method, field.name) != field.default]
+    return f"{type(method).__name__}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in given)})"
