@@ -4,6 +4,21 @@ Threads: `threads(n)` around a call, or the environment variable OPOCH_NUM_THREA
 `opoch_xp.backends.numpy.threads`.
 """
 
+from opoch_xp.backends.generic import synchronize
+from opoch_xp.backends.numpy.exact import exact_attention, merge_part
 from opoch_xp.backends.numpy.threads import thread_count, threads
+from opoch_xp.backends.numpy.tree import build_tree, tree_attention
+from opoch_xp.cost import Cost
 
-__all__ = ["thread_count", "threads"]
+__all__ = [
+    "COST",
+    "build_tree",
+    "exact_attention",
+    "merge_part",
+    "synchronize",
+    "thread_count",
+    "threads",
+    "tree_attention",
+]
+
+COST = Cost(read=3.0, split=10.0)
