@@ -5,7 +5,6 @@ from typing import Any
 
 from array_api_compat import device
 
-from opoch_xp.cost import visible_pairs
 from opoch_xp.hashing import random_hyperplanes
 from opoch_xp.methods import LSH
 from opoch_xp.problem import Problem, Solution
@@ -106,17 +105,14 @@ def _first_keys(problem: Problem) -> _First:
     xp, k, v, mask = problem.xp, problem.k, problem.v, problem.mask
     n_q, n_k = problem.n_q, problem.n_k
     m = min(CENTER_KEYS, n_k)
+    seen = _seen(problem)
     if mask is None:
-        seen = xp.arange(n_q, dtype=xp.int64, device=device(k))[None, :] + (n_k - n_q + 1)
         return _First(k[:, :m, :], v[:, :m, :], None, seen, min(n_q, max(0, m - (n_k - n_q))))
     order = xp.argsort(xp.astype(~mask, xp.int8), axis=1)[:, :m]  # kept keys first, in the order of positions
 
     def first(x: Array) -> Array:
         return xp.take_along_axis(x, xp.broadcast_to(order[:, :, None], (*order.shape, x.shape[2])), axis=1)
 
-    counts = xp.cumulative_sum(xp.astype(mask, xp.int64), axis=1)
-    before = xp.zeros((mask.shape[0], max(0, n_q - n_k)), dtype=xp.int64, device=device(k))
-    seen = xp.concat([before, counts], axis=1)[:, -n_q:] if n_q else counts[:, :0]
     early = int(xp.max(xp.sum(xp.astype(seen <= m, xp.int64), axis=1))) if n_q else 0
     return _First(first(k), first(v), xp.take_along_axis(mask, order, axis=1), seen, early)
 
@@ -157,9 +153,23 @@ def _mean(xp: Any, k: Array, mask: Array | None) -> Array:
     return xp.sum(k, axis=1, keepdims=True) / xp.where(count > 0, count, 1.0)[:, None, None]
 
 
+def _seen(problem: Problem) -> Array:
+    """Kept keys each query may see, causal, (batch or 1, n_q) int64."""
+    xp, n_q, n_k = problem.xp, problem.n_q, problem.n_k
+    last = xp.arange(n_q, dtype=xp.int64, device=device(problem.k)) + (n_k - n_q)
+    if problem.mask is None:
+        return xp.where(last < 0, 0, last + 1)[None, :]
+    counts = xp.cumulative_sum(xp.astype(problem.mask, xp.int64), axis=1)
+    return xp.where(last < 0, 0, xp.take(counts, xp.where(last < 0, 0, last), axis=1))
+
+
 def _visible(problem: Problem) -> float:
     """Mean number of keys a query may see."""
-    pairs = visible_pairs(problem.n_q, problem.n_k, problem.causal)
-    if problem.mask is None:
-        return pairs / max(1, problem.n_q)
-    return pairs / max(1, problem.n_q) * float(problem.xp.mean(problem.xp.astype(problem.mask, problem.k.dtype)))
+    xp, mask = problem.xp, problem.mask
+    if problem.causal:
+        seen = _seen(problem)
+    elif mask is not None:
+        seen = xp.sum(xp.astype(mask, xp.int64), axis=1)
+    else:
+        return float(problem.n_k)
+    return float(xp.sum(seen)) / max(1, seen.shape[0] * (seen.shape[1] if problem.causal else 1))

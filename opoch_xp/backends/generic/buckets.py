@@ -120,7 +120,7 @@ class Flat:
         return self.xp.repeat(self.head, n_q * repeat), self.xp.repeat(self.head, n_k)
 
     def numbers(self, query_codes: Array, key_codes: Array) -> tuple[Array, Array]:
-        """Dense bucket numbers, small whatever the codes: query_codes (B, R, n_q) to (N,), key_codes (B, n_k) to (M,)."""
+        """Dense numbers of the buckets: query_codes (B, R, n_q) to (N,), key_codes (B, n_k) to (M,)."""
         xp = self.xp
         batch, n_k = self.shape[0], self.shape[3]
         queries = xp.reshape(xp.permute_dims(query_codes, (0, 2, 1)), (batch, -1))
@@ -129,8 +129,9 @@ class Flat:
         codes = xp.take_along_axis(codes, order, axis=-1)
         changes = xp.astype(codes[:, 1:] != codes[:, :-1], xp.int64)
         ranks = xp.concat([xp.zeros_like(codes[:, :1]), xp.cumulative_sum(changes, axis=-1)], axis=-1)
-        numbers = xp.take_along_axis(ranks, xp.argsort(order, axis=-1), axis=-1) + self.head[:, None] * codes.shape[1]
-        return xp.reshape(numbers[:, n_k:], (-1,)), xp.reshape(numbers[:, :n_k], (-1,))
+        numbers = xp.take_along_axis(ranks, xp.argsort(order, axis=-1), axis=-1)
+        head = self.head[:, None] * codes.shape[1]
+        return xp.reshape(numbers[:, n_k:] + head, (-1,)), xp.reshape(numbers[:, :n_k] + head, (-1,))
 
     def buckets(
         self, queries: Array, keys: Array, recent: int = 0, older: int = 0, limit: int | None = None
