@@ -97,18 +97,26 @@ def test_defaults_at_a_million_tokens():
     assert [method for _, method in heads.methods][1] == LSH(bits=8, tables=8, window=512)
 
 
-def test_exact_attention_is_extrapolated_from_a_sample_of_rows(monkeypatch):
-    q, k, v = workloads.make("gaussian", 900, 8)
+def test_exact_attention_is_extrapolated_from_blocks_of_rows(monkeypatch):
+    q, k, v = workloads.make("gaussian", 4096, 4)
     given = rows.Input(q, k, v, causal=True)
-    whole = rows.exact_row(given)
-    assert not whole.extrapolated
+    assert not rows.exact_row(given).extrapolated
     monkeypatch.setattr(rows, "FULL_PAIRS", 1000)
-    monkeypatch.setattr(rows, "SAMPLE_ROWS", 90)
+    monkeypatch.setattr(rows, "cores", lambda: 1)
     monkeypatch.setattr(rows, "timed", lambda function: (function(), 2.0, 1000))
     sampled = rows.exact_row(given)
     assert sampled.extrapolated
-    assert sampled.seconds == pytest.approx(20.0)
-    assert sampled.extra_bytes == 1000 + 810 * 8 * 4
+    assert sampled.seconds == pytest.approx(4.0)  # 4 blocks of 512 rows are half of them
+    assert sampled.extra_bytes == 1000 + 2048 * 4 * 4
+
+
+@pytest.mark.parametrize(("n", "rows_sampled"), [(1_000_000, 4096), (700, 512), (100_000_000, 512), (50, 50)])
+def test_sampled_rows_see_as_many_keys_as_all_rows_do(monkeypatch, n, rows_sampled):
+    monkeypatch.setattr(rows, "cores", lambda: 2)
+    sampled = rows.sampled_blocks(n, n * n // 2)
+    assert len(sampled) == len(set(sampled)) == rows_sampled
+    assert 0 <= sampled.min() <= sampled.max() < n
+    assert sampled.mean() == pytest.approx((n - 1) / 2, abs=1)
 
 
 def test_backends_are_listed():

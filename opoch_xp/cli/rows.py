@@ -14,14 +14,15 @@ from opoch_xp.audit import audit, exact_rows
 from opoch_xp.backends import backends, kernels_for
 from opoch_xp.cli.tables import method_name
 from opoch_xp.cost import visible_pairs
-from opoch_xp.measure import timed
+from opoch_xp.measure import cores, timed
 from opoch_xp.methods import Exact, Method
 
 Array = Any
 AUDIT_ROWS = 256  # a head
 FULL_PAIRS = 1_000_000_000  # pairs of query and key up to which exact attention runs in full: a few seconds
-SAMPLE_ROWS = 4096  # query rows a head that exact attention is timed on beyond that
-SAMPLE_PAIRS = 2_500_000_000  # and fewer of them where rows are long
+SAMPLE_BLOCKS = 4  # beyond that it is timed on so many blocks of query rows per core, evenly spaced,
+BLOCK_ROWS = 512  # each of so many rows in a row, as the kernels take them: 4,096 rows on two cores,
+BLOCK_PAIRS = 300_000_000  # and fewer where a block has more pairs than this
 WARM_ROWS = 1000  # of a call before the clock starts, so that imports and start-up are not counted
 # the library whose arrays a backend takes, where that is not its own name; a plugin's name is its library's
 LIBRARIES = {"generic": "numpy", "numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "cupy": "cupy"}
@@ -101,7 +102,7 @@ def wait(given: Input, array: Array) -> None:
 
 def warm_up(given: Input, method: Method) -> None:
     """A short call before the clock starts."""
-    q, k, v = (array[..., :WARM_ROWS, :] for array in (given.q, given.k, given.v))
+    q, k, v = (array[..., : min(WARM_ROWS, array.shape[-2]), :] for array in (given.q, given.k, given.v))
     run(replace(given, q=q, k=k, v=v), method)
 
 
@@ -119,8 +120,7 @@ def exact_row(given: Input) -> Row:
         warm_up(given, Exact())
         _, seconds, extra = timed(lambda: run(given, Exact()))
         return replace(exact, seconds=seconds, extra_bytes=extra)
-    count = max(1, min(SAMPLE_ROWS, SAMPLE_PAIRS * n_q // given.pairs))
-    rows = np.unique(np.linspace(0, n_q - 1, count).round().astype(np.int64))
+    rows = sampled_blocks(n_q, given.pairs)
 
     def sample() -> Array:
         out, _ = exact_rows(
@@ -134,6 +134,18 @@ def exact_row(given: Input) -> Row:
     if extra is not None:  # the outputs that were not computed would be held as well
         extra += int(np.prod(out.shape)) // len(rows) * (n_q - len(rows)) * np.dtype(np.float32).itemsize
     return replace(exact, seconds=seconds * n_q / len(rows), extra_bytes=extra, extrapolated=True)
+
+
+def sampled_blocks(n_q: int, pairs: int) -> np.ndarray:
+    """Row numbers of evenly spaced blocks of query rows, whose mean is the middle, longest rows first.
+
+    Blocks, because a kernel takes neighbouring rows together; the longest first, so that cores end together.
+    """
+    block = min(BLOCK_ROWS, n_q)
+    wanted = SAMPLE_BLOCKS * cores() * min(1.0, BLOCK_PAIRS * n_q / (pairs * block))
+    count = min(max(1, round(wanted)), n_q // block)
+    starts = ((np.arange(count)[::-1] + 0.5) * n_q / count - block / 2).astype(np.int64)
+    return (starts[:, None] + np.arange(block)).reshape(-1)
 
 
 def method_row(given: Input, method: Method, exact: Row, name: str | None = None) -> Row:

@@ -182,7 +182,7 @@ def _table(plan: Plan, rows: list[Row], about: dict[str, Any]) -> Table:
         f"{about['tokens']:,} tokens, {heads} of {about['dim']}, {about['dtype']}, "
         f"{'causal' if about['causal'] else 'not causal'}, seed {about['seed']}"
     )
-    threads = f", {about['threads']} used" if about["threads"] else ""
+    threads = f", threads: {about['threads']}" if about["threads"] else ""
     where = f"{about['machine']}{threads}; Python {about['python']}, NumPy {about['numpy']}, backend {about['backend']}"
     titles = {"heads": "The wall, real input: heads of the byte model"}
     lines = [what, where]
