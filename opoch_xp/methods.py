@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
 
