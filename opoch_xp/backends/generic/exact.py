@@ -36,12 +36,12 @@ def exact_attention(
     step = max(1, ELEMENTS // max(1, repeat * min(n_q, ROWS) * min(n_k, KEYS)))
     heads = []
     for b in range(0, batch, step):
-        rows = []
+        entries, rows = slice(b, min(b + step, batch)), []
         for r in range(0, n_q, ROWS):
-            block = q[b : b + step, :, r : r + ROWS, :]
-            seen = None if last is None else last[r : r + ROWS]
-            kept = None if mask is None else mask[b : b + step, :]
-            rows.append(_rows(xp, block, k[b : b + step, :, :], v[b : b + step, :, :], scale, kept, seen))
+            span = slice(r, min(r + ROWS, n_q))
+            seen = None if last is None else last[span]
+            kept = None if mask is None else mask[entries, :]
+            rows.append(_rows(xp, q[entries, :, span, :], k[entries, :, :], v[entries, :, :], scale, kept, seen))
         heads.append([xp.concat([row[i] for row in rows], axis=2) for i in (0, 1)])
     return xp.concat([head[0] for head in heads], axis=0), xp.concat([head[1] for head in heads], axis=0)
 

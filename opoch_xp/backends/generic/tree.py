@@ -191,7 +191,7 @@ def _attend(
     step = max(1, ELEMENTS // max(1, size * (shared + own * tree.cells.shape[-1]) + shared * tree.cells.shape[-1]))
     parts = []
     for start in range(0, tasks * total, step):
-        piece = slice(start, start + step)
+        piece = slice(start, min(start + step, tasks * total))
         chosen = None if lists is None else Lists(tuple(a[piece, ...] for a in lists.opened), lists.own[piece, ...])
         run = (first[piece], count[piece], widest)
         parts.append(_attend_groups(grouped[piece, ...], votes[piece, ...], tree, run, method, scale, chosen))
