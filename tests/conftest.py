@@ -1,0 +1,82 @@
+"""`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`."""
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+
+from opoch_xp.backends import kernels_for
+
+LIBRARIES = {"numpy": "array_api_compat.numpy", "generic": "array_api_compat.numpy", "strict": "array_api_strict"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Arrays of one library and the name to pass as `backend=`; None is the library's own choice."""
+
+    option: str
+    name: str | None
+    xp: Any
+
+    @property
+    def kernels(self) -> Any:
+        return kernels_for(self.xp, self.name)
+
+    def array(self, array: Any) -> Any:
+        """A copy of a host array in the backend's library."""
+        return self.xp.asarray(np.array(array))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """A host copy of one of the backend's arrays."""
+        return np.array(array.detach().cpu() if hasattr(array, "detach") else array)
+
+    def has(self, dtype: str) -> bool:
+        return hasattr(self.xp, dtype)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend", default="numpy", help="numpy (the plugin), generic, strict, or a library: torch, jax.numpy, ..."
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "dynamic_shapes: the method is not static; strict then allows boolean indexing and dependent shapes"
+    )
+    option = config.getoption("--backend")
+    try:
+        xp = import_module(LIBRARIES.get(option, f"array_api_compat.{option}"))
+    except ImportError as missing:
+        raise pytest.UsageError(f"--backend {option}: {missing}") from missing
+    # the same examples every time; fewer where every operation is checked by the library
+    examples, phases = (15 if option == "strict" else 40), (Phase.explicit, Phase.generate, Phase.shrink)
+    settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
+    settings.load_profile("suite")
+    config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp)
+
+
+BACKEND = pytest.StashKey[Backend]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    with _flags(item):
+        return (yield)
+
+
+def _flags(item: pytest.Item) -> AbstractContextManager[Any]:
+    """Under array-api-strict, what a compiler of static shapes would refuse is switched off."""
+    if item.config.stash[BACKEND].option != "strict" or item.get_closest_marker("dynamic_shapes"):
+        return nullcontext()
+    return import_module("array_api_strict").ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False)
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.config.stash[BACKEND]

@@ -1,0 +1,91 @@
+"""Inputs of the property tests: random arrays, and hypothesis strategies for shapes, masks and parameters."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import strategies as st
+
+from opoch_xp import Treecode
+
+MANY = 10**6  # more nodes than any test has: everything is opened
+
+
+def qkv(
+    seed: int, n_q: int, n_k: int | None = None, d: int = 8, d_v: int = 5, lead: tuple[int, ...] = (),
+    key_lead: tuple[int, ...] | None = None, dtype: str = "float64",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Independent normal q (*lead, n_q, d), k (*key_lead, n_k, d) and v (*key_lead, n_k, d_v)."""
+    rng, key_lead, n_k = np.random.default_rng(seed), lead if key_lead is None else key_lead, n_k or n_q
+    shapes = (*lead, n_q, d), (*key_lead, n_k, d), (*key_lead, n_k, d_v)
+    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    return q, k, v
+
+
+def clustered(seed: int, n: int, d: int = 16, clusters: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One head whose tokens scatter around cluster centers: what a treecode is for. float32."""
+    rng = np.random.default_rng(seed)
+    centers, (a, b) = rng.standard_normal((clusters, d)), rng.integers(clusters, size=(2, n))
+    noise = rng.standard_normal((3, n, d))
+    parts = 1.5 * centers[a] + 0.5 * noise[0], 1.5 * centers[b] + 0.5 * noise[1], centers[b] + noise[2]
+    q, k, v = (part.astype(np.float32) for part in parts)
+    return q, k, v
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arrays of one call and the arguments that go with them; `kept` is the key_mask or None."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    kept: np.ndarray | None
+    causal: bool
+    scale: float | None
+
+    def heads(self) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Each query head: its index, q, k, v of that head, and its batch entry's mask."""
+        found = []
+        for index in np.ndindex(self.q.shape[:-2]):
+            repeat = self.q.shape[-3] // self.k.shape[-3] if index else 1
+            key = (*index[:-1], index[-1] // repeat) if index else ()
+            kept = None if self.kept is None else self.kept[index[:-1]]
+            found.append((index, self.q[index], self.k[key], self.v[key], kept))
+        return found
+
+
+@st.composite
+def calls(draw: st.DrawFn, longest: int = 80, tied: bool = False) -> Call:
+    """Any shapes with n_q and n_k up to `longest`; `tied`: entries may be whole numbers, so that many rows are equal."""
+    n_q, n_k = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    d, d_v = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    lead, key_lead = draw(
+        st.sampled_from([((), ()), ((2,), (2,)), ((4,), (2,)), ((2, 3), (2, 1)), ((1, 1, 2), (1, 1, 2))])
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shapes = ((*lead, n_q, d), (*key_lead, n_k, d), (*key_lead, n_k, d_v))
+    q, k, v = (rng.standard_normal(shape) for shape in shapes)
+    if tied and draw(st.booleans()):
+        q, k = np.round(q), np.round(k)
+    kept = None
+    if draw(st.booleans()):
+        kept = rng.random((*lead[:-1], n_k)) < draw(st.sampled_from([0.0, 0.2, 0.9]))
+    return Call(q, k, v, kept, draw(st.booleans()), draw(st.sampled_from([None, 0.3, 1.5])))
+
+
+@st.composite
+def methods(draw: st.DrawFn) -> Treecode:
+    """Any Treecode whose blocks are short enough for `calls` to have several tiers."""
+    leaf = draw(st.integers(1, 4))
+    return Treecode(
+        block=leaf * 2 ** draw(st.integers(0, 3)),
+        fan=draw(st.sampled_from([2, 4])),
+        leaf=leaf,
+        branch=draw(st.sampled_from([2, 4])),
+        top=draw(st.integers(1, 8)),
+        group=draw(st.integers(1, 9)),
+        open=draw(st.integers(1, 6)),
+        near=draw(st.integers(0, 4)),
+        own=draw(st.integers(0, 4)),
+        iterations=draw(st.integers(0, 3)),
+        seed=draw(st.integers(0, 3)),
+    )

@@ -1,0 +1,304 @@
+"""Treecode: equal to its definition given the same decisions, exact when everything is opened, and its error elsewhere."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from compare import DECISIONS_GIVEN, assert_close, relative_error, rounding
+from conftest import Backend
+from hypothesis import given
+from inputs import MANY, Call, calls, clustered, methods, qkv
+
+import opoch_xp as ox
+from opoch_xp import Treecode
+from opoch_xp.arguments import prepare
+from opoch_xp.forest import attend_treecode
+from opoch_xp.tree import Lists
+
+SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=16, open=6, near=3, own=2)
+
+
+def run(backend: Backend, q: Any, k: Any, v: Any, **keywords: Any) -> tuple[np.ndarray, np.ndarray]:
+    """out and lse on the host; nothing is checked by sampling."""
+    arrays = (backend.array(a) for a in (q, k, v))
+    if keywords.get("key_mask") is not None:
+        keywords["key_mask"] = backend.array(keywords["key_mask"])
+    found = ox.attend(*arrays, backend=backend.name, check=False, **keywords)
+    return backend.numpy(found.out), backend.numpy(found.lse)
+
+
+def decided_by_oracle(backend: Backend) -> SimpleNamespace:
+    """The backend's kernels, told the oracle's order of keys, groups of queries and lists, one task at a time."""
+    kernels, built = backend.kernels, {}
+
+    def build_tree(k: Any, v: Any, axes: Any, method: Treecode, *, mask: Any = None) -> Any:
+        keys, values = backend.numpy(k), backend.numpy(v)
+        kept = np.ones(keys.shape[:2], bool) if mask is None else backend.numpy(mask)
+        orders = [oracle.cell_order(keys[c], axes, method, kept[c]) for c in range(len(keys))]
+        built.update(keys=keys, values=values, kept=kept, orders=orders)
+        return kernels.build_tree(k, v, axes, method, mask=mask, order=backend.array(np.stack(orders)))
+
+    def tree_attention(
+        queries: Any, tree: Any, first: Any, count: Any, axes: Any, method: Treecode, *, scale: float
+    ) -> Any:
+        out, lse = [], []
+        for t in range(queries.shape[0]):
+            one, task = queries[t : t + 1, :, :], slice(t, t + 1)
+            given = {}
+            if count[t]:
+                chunks = slice(first[t], first[t] + count[t])
+                given = decisions(backend.numpy(one)[0], built, chunks, axes, method, scale)
+                given = {
+                    "groups": backend.array(given[0]),
+                    "lists": Lists(*map(partial(to_backend, backend), given[1])),
+                }
+            part = kernels.tree_attention(one, tree, first[task], count[task], axes, method, scale=scale, **given)
+            out.append(part[0])
+            lse.append(part[1])
+        return backend.xp.concat(out), backend.xp.concat(lse)
+
+    return SimpleNamespace(**{**vars(kernels), "build_tree": build_tree, "tree_attention": tree_attention})
+
+
+def to_backend(backend: Backend, value: Any) -> Any:
+    return tuple(backend.array(a) for a in value) if isinstance(value, tuple) else backend.array(value)
+
+
+def decisions(
+    q: np.ndarray, built: dict[str, Any], chunks: slice, axes: np.ndarray, method: Treecode, scale: float
+) -> tuple[np.ndarray, tuple[tuple[np.ndarray, ...], np.ndarray]]:
+    """The oracle's groups of one task, (1, groups * group) with padding, and what they open."""
+    keys, values, kept = (np.concatenate(built[name][chunks]) for name in ("keys", "values", "kept"))
+    tree = oracle.trees(keys, values, kept, built["orders"][chunks], method)
+    groups = oracle.query_groups(q, axes, method)
+    size = len(q) if len(groups) == 1 else method.group
+    rows = np.concatenate([*groups, np.arange(len(q), len(groups) * size)])[None]
+    read = [oracle.read_trees(q[group], tree, keys, values, kept, scale, method) for group in groups]
+    own = np.stack([np.concatenate([part.own, part.own[np.zeros(size - len(part.own), int)]]) for part in read])
+    return rows, (tuple(np.stack(level) for level in zip(*(part.opened for part in read), strict=True)), own)
+
+
+@given(call=calls(tied=True), method=methods())
+def test_equals_the_oracle_given_its_decisions(backend: Backend, call: Call, method: Treecode) -> None:
+    mask = None if call.kept is None else backend.array(call.kept)
+    arrays = [backend.array(a) for a in (call.q, call.k, call.v)]
+    problem = prepare(*arrays, causal=call.causal, scale=call.scale, key_mask=mask, backend=backend.name)
+    found = attend_treecode(replace(problem, kernels=decided_by_oracle(backend)), method)
+    out = backend.numpy(found.out).reshape(*call.q.shape[:-1], -1)
+    lse = backend.numpy(found.lse).reshape(call.q.shape[:-1])
+    axes = oracle.axes_for(call.q.shape[-1])
+    for index, q, k, v, kept in call.heads():
+        right = oracle.treecode(q, k, v, method, axes, causal=call.causal, scale=call.scale, kept=kept)
+        assert_close(out[index], right[0], DECISIONS_GIVEN, "out")
+        assert_close(lse[index], right[1], DECISIONS_GIVEN, "lse")
+
+
+@given(call=calls(), method=methods())
+def test_rows_read_are_the_oracles(backend: Backend, call: Call, method: Treecode) -> None:
+    arrays = (backend.array(a) for a in (call.q, call.k, call.v))
+    report = ox.attend(*arrays, causal=call.causal, method=method, backend=backend.name).report
+    _, q, k, v, _ = call.heads()[0]
+    rows = oracle.treecode(q, k, v, method, oracle.axes_for(q.shape[1]), causal=call.causal)[2]
+    assert sum(report.rows.values()) == pytest.approx(rows.mean())
+    assert report.exact_rows == pytest.approx(oracle.visible(len(q), len(k), call.causal).sum(1).mean())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tasks_with_runs_of_any_length_at_once(backend: Backend, masked: bool) -> None:
+    q, k, v = qkv(1, 37, 32, lead=(5,))
+    kept = np.random.default_rng(2).random((5, 32)) < (0.7 if masked else 2)
+    first, count = np.array([0, 0, 2, 4, 1]), np.array([1, 4, 0, 1, 3])
+    axes = np.random.default_rng(3).standard_normal((8, 8))
+    k, v = (np.where(kept[..., None], a, 0) for a in (k, v))
+    orders = [oracle.cell_order(k[c], axes, SMALL, kept[c]) for c in range(5)]
+    built = {"keys": k, "values": v, "kept": kept, "orders": orders}
+    kernels, mask = backend.kernels, backend.array(kept) if masked else None
+    tree = kernels.build_tree(
+        backend.array(k), backend.array(v), axes, SMALL, mask=mask, order=backend.array(np.stack(orders))
+    )
+    rows, right, right_lse = [], np.zeros((5, 37, 5)), np.full((5, 37), -np.inf)
+    for t in range(5):
+        chunks = slice(first[t], first[t] + count[t])
+        keys, values, keep = (np.concatenate([a[:0], *a[chunks][None]]).reshape(-1, *a.shape[2:]) for a in (k, v, kept))
+        groups = oracle.query_groups(q[t], axes, SMALL)
+        rows.append(np.concatenate([*groups, np.arange(37, 48)]))
+        for group in groups if count[t] else ():
+            levels = oracle.trees(keys, values, keep, built["orders"][chunks], SMALL)
+            part = oracle.read_trees(q[t, group], levels, keys, values, keep, 0.4, SMALL)
+            right[t, group], right_lse[t, group] = part.out, part.lse
+    found = kernels.tree_attention(
+        backend.array(q), tree, first, count, axes, SMALL, scale=0.4, groups=backend.array(np.stack(rows))
+    )
+    assert_close(backend.numpy(found[0]), right, DECISIONS_GIVEN, "out")
+    assert_close(backend.numpy(found[1]), right_lse, DECISIONS_GIVEN, "lse")
+
+
+@given(call=calls(tied=True), method=methods())
+def test_everything_opened_equals_exact(backend: Backend, call: Call, method: Treecode) -> None:
+    method = replace(method, open=MANY, near=method.near if method.own == 4 else MANY, own=MANY)
+    out, lse = run(
+        backend, call.q, call.k, call.v, key_mask=call.kept, causal=call.causal, scale=call.scale, method=method
+    )
+    tolerance = rounding(call.q, call.k, call.v, call.scale)
+    for index, q, k, v, kept in call.heads():
+        right = oracle.dense(q, k, v, causal=call.causal, scale=call.scale, kept=kept)
+        assert_close(out[index], right[0], tolerance, "out")
+        assert_close(lse[index], right[1], tolerance, "lse")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_error_in_low_precision_is_the_oracles(backend: Backend, causal: bool) -> None:
+    errors = []
+    for seed in range(6):
+        q, k, v = clustered(seed, 1024)
+        exact = oracle.dense(q, k, v, causal=causal)[0]
+        defined = oracle.treecode(q, k, v, SMALL, oracle.axes_for(16), causal=causal)[0]
+        out = run(backend, q, k, v, causal=causal, method=SMALL)[0]
+        errors.append((relative_error(out, exact), relative_error(defined, exact)))
+    ours, oracles = np.mean(errors, axis=0)
+    assert 0 < ours <= 1.05 * oracles  # 5%: what a different rounding or sampling may move the error by
+
+
+@pytest.mark.parametrize("group", [8, 16])
+def test_one_query_less_than_full_groups_errs_no_more(backend: Backend, group: int) -> None:
+    """A split that let rows of different places share a group erred 48 times more; inputs differ by a few percent."""
+    method, errors = replace(SMALL, group=group), []
+    for seed in range(4):
+        q, k, v = clustered(seed, 512)
+        exact = oracle.dense(q, k, v)[0]
+        full, less = (run(backend, q[:n], k, v, method=method)[0] for n in (512, 511))
+        errors.append((relative_error(less, exact[:511]), relative_error(full, exact)))
+    errors = np.array(errors)
+    spread = (errors[:, 0] - errors[:, 1]).std(ddof=1) / 2  # standard error of the mean difference
+    assert errors[:, 0].mean() <= errors[:, 1].mean() * 1.05 + 3 * spread
+    assert errors[:, 0].mean() <= 1.2 * errors[:, 1].mean()
+
+
+@pytest.mark.parametrize("method", [SMALL, replace(SMALL, iterations=0), Treecode()], ids=repr)
+@pytest.mark.parametrize("causal", [False, True])
+def test_identical_keys_are_exact(backend: Backend, method: Treecode, causal: bool) -> None:
+    q, k, v = qkv(0, 600, 600, lead=(1,))
+    k[:] = k[:, :1]
+    out, lse = run(backend, q, k, v, causal=causal, method=method)
+    right = oracle.dense(q[0], k[0], v[0], causal=causal)
+    assert_close(out[0], right[0], rounding(q, k, v))
+    assert_close(lse[0], right[1], rounding(q, k, v))
+
+
+def test_later_keys_and_values_never_change_an_output(backend: Backend) -> None:
+    q, k, v = qkv(4, 200, lead=(2,))
+    before = run(backend, q, k, v, causal=True, method=SMALL)
+    k[:, 150:], v[:, 150:] = 30 * k[:, 150:], 1e6
+    after = run(backend, q, k, v, causal=True, method=SMALL)
+    for was, now in zip(before, after, strict=True):
+        assert_close(now[:, :150], was[:, :150], rounding(q[:, :150], k[:, :150], v[:, :150]))
+        assert np.abs(now[:, 150:] - was[:, 150:]).max() > 1
+
+
+def test_a_group_of_one_sees_nothing_of_later_tokens(backend: Backend) -> None:
+    q, k, v = qkv(5, 300)
+    alone = replace(SMALL, group=1)
+    whole = run(backend, q, k, v, causal=True, method=alone)
+    shared = run(backend, q, k, v, causal=True, method=SMALL)
+    moved = []
+    for n in (1, 31, 32, 33, 131, 200):
+        part = run(backend, q[:n], k[:n], v[:n], causal=True, method=alone)
+        for was, now in zip(whole, part, strict=True):
+            assert_close(now, was[:n], rounding(q, k, v))
+        moved.append(np.abs(run(backend, q[:n], k[:n], v[:n], causal=True, method=SMALL)[0] - shared[0][:n]).max())
+    assert max(moved) > 1e-6  # groups that share their lists do look ahead: the test above can fail
+
+
+def test_prefill_equals_decoding(backend: Backend) -> None:
+    q, k, v = qkv(6, 90, lead=(4,), key_lead=(2,))
+    method = replace(SMALL, block=16, leaf=2, group=1)
+    whole = run(backend, q, k, v, causal=True, method=method)
+    for n in range(1, 91):
+        step = run(backend, q[:, n - 1 : n], k[:, :n], v[:, :n], causal=True, method=method)
+        for was, now in zip(whole, step, strict=True):
+            assert_close(now, was[:, n - 1 : n], rounding(q, k, v))
+
+
+def test_last_queries_alone_read_like_any_chunk_of_queries(backend: Backend) -> None:
+    q, k, v = qkv(7, 256)
+    whole = run(backend, q, k, v, causal=True, method=SMALL)
+    tail = run(backend, q[128:], k, v, causal=True, method=SMALL)  # starts where chunks of both tiers start
+    for was, now in zip(whole, tail, strict=True):
+        assert_close(now, was[128:], rounding(q, k, v))
+
+
+def test_a_query_that_is_not_finite_has_no_vote(backend: Backend) -> None:
+    q, k, v = qkv(8, 16, 500)
+    q[5] *= 8  # a loud voter, if it could
+    loud = run(backend, q, k, v, method=SMALL)
+    q[5, 3] = np.nan
+    out, lse = run(backend, q, k, v, method=SMALL)
+    rest = np.arange(16) != 5
+    alone = run(backend, q[rest], k, v, method=SMALL)
+    assert np.isnan(out[5]).all()
+    assert np.isnan(lse[5])
+    assert_close(out[rest], alone[0], rounding(q, k, v))
+    assert_close(lse[rest], alone[1], rounding(q, k, v))
+    assert np.abs(loud[0][rest] - alone[0]).max() > 1e-6
+
+
+@pytest.mark.parametrize("exponent", [30, 300])
+def test_logits_of_any_size_stay_finite(backend: Backend, exponent: int) -> None:
+    """Peaked heads: log masses far outside the range of exp."""
+    q, k, v = qkv(9, 300)
+    out, lse = run(backend, q * exponent, k * 10, v, causal=True, method=SMALL)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+    full = replace(SMALL, open=MANY, near=MANY, own=MANY)
+    right = oracle.dense(q * exponent, k * 10, v, causal=True)
+    tolerance = rounding(q * exponent, k * 10, v)
+    assert_close(run(backend, q * exponent, k * 10, v, causal=True, method=full)[0], right[0], tolerance)
+
+
+def test_float16_with_everything_opened_errs_at_most_twice_as_exact_does(backend: Backend) -> None:
+    if not backend.has("float16"):
+        pytest.skip("the library has no float16")
+    q, k, v = qkv(10, 500, dtype="float16")
+    right = oracle.dense(q, k, v, causal=True)[0]
+    full = replace(SMALL, open=MANY, near=MANY, own=MANY)
+    opened, exact = (run(backend, q, k, v, causal=True, method=m)[0] for m in (full, ox.Exact()))
+    assert opened.dtype == np.float16
+    assert 0 < relative_error(opened, right) <= 2 * relative_error(exact, right)
+
+
+def test_seed_changes_the_splits_and_nothing_else(backend: Backend) -> None:
+    q, k, v = clustered(3, 512)
+    exact = oracle.dense(q, k, v)[0]
+    outs = [run(backend, q, k, v, method=replace(SMALL, iterations=0, seed=seed))[0] for seed in (0, 0, 1)]
+    assert np.array_equal(outs[0], outs[1])
+    assert not np.array_equal(outs[0], outs[2])
+    errors = [relative_error(out, exact) for out in outs]
+    assert errors[2] < 2 * errors[0] < 4 * errors[2]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "named"),
+    [
+        ({"block": 24, "leaf": 4}, "block=24 and leaf=4"),
+        ({"block": 256, "leaf": 7}, "block=256 and leaf=7"),
+        ({"fan": 3}, "fan=3"),
+        ({"branch": 12}, "branch=12"),
+        ({"fan": 1}, "fan must be a whole number of at least 2, got 1"),
+        ({"near": -1}, "near must be a whole number of at least 0, got -1"),
+        ({"own": 2.5}, "own must be a whole number of at least 0, got 2.5"),
+        ({"group": 0}, "group must be a whole number of at least 1, got 0"),
+        ({"open": True}, "open must be a whole number of at least 1, got True"),
+        ({"top": 0}, "top must be .* 1, got 0"),
+        ({"leaf": 0}, "leaf must be .* 1, got 0"),
+        ({"iterations": -2}, "iterations must be .* 0, got -2"),
+        ({"seed": -1}, "seed must be .* 0, got -1"),
+    ],
+    ids=str,
+)
+def test_parameters_that_do_not_fit_are_named(keywords: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Treecode(**keywords)
