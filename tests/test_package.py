@@ -3,16 +3,20 @@
 import doctest
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import opoch_xp
 
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONAL = ("opoch_xp.backends.cupy", "opoch_xp.backends.torch")  # need libraries that the tests do not install
 MODULES = [
     module.name
@@ -22,7 +26,9 @@ MODULES = [
 
 
 def in_a_fresh_interpreter(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
 
 
 def test_importing_the_package_imports_no_array_library():
@@ -61,3 +67,16 @@ def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     assert isinstance(module, ModuleType)
     assert doctest.testmod(module).failed == 0
+
+
+def test_the_readme_s_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block.replace("8192", "300"), {})
+    assert capsys.readouterr().out
+
+
+def test_the_continuous_integration_runs_what_the_readme_tells():
+    *_, command = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert f"```console\n{command}\n```" in README

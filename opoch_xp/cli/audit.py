@@ -29,7 +29,9 @@ def audit_file(file: Path, tol: float, causal: bool, seed: int, sink: Sink) -> N
         begin(f"choosing for tol={tol}")
         chosen, _ = tune(given.q, given.k, given.v, tol=tol, causal=causal, seed=seed, rows=AUDIT_ROWS)
     sink.show(_table(file, given, rows, tol, chosen))
-    sink.write_json({"file": str(file), "tol": tol, "chosen": repr(chosen), "rows": [asdict(row) for row in rows]})
+    shapes = {name: list(array.shape) for name, array in zip("qkv", (q, k, v), strict=True)}
+    about = {"file": str(file), **shapes, "dtype": str(q.dtype), "causal": causal, "seed": seed, "machine": machine()}
+    sink.write_json({**about, "tol": tol, "chosen": repr(chosen), "rows": [asdict(row) for row in rows]})
 
 
 def _table(file: Path, given: Input, rows: list[Row], tol: float, chosen: Method) -> Table:
