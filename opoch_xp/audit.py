@@ -58,7 +58,8 @@ class Audit:
         return float(self.interval[..., 1].max(initial=0.0))
 
 
-def _host(array: Array) -> np.ndarray:
+def host_array(array: Array) -> np.ndarray:
+    """The array's figures on the host, float64."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
     return np.asarray(array.get() if hasattr(array, "get") else array, dtype=np.float64)
@@ -86,22 +87,33 @@ def solve_rows(problem: Problem, rows: np.ndarray) -> Solution:
 
 
 def audit_solution(
-    problem: Problem, solution: Solution, method: Method, lead: tuple[int, ...], *, rows: int, seed: int, seconds: float = 0.0
+    problem: Problem,
+    solution: Solution,
+    method: Method,
+    lead: tuple[int, ...],
+    *,
+    rows: int,
+    seed: int,
+    seconds: float = 0.0,
 ) -> Audit:
     """Audit of a solution at hand; `lead` are the caller's batch axes and heads."""
     chosen = sampled_rows(problem, rows, seed)
     exact = solve_rows(problem, chosen)
     index = problem.xp.asarray(chosen, device=device(problem.q))
-    out = _host(problem.xp.take(solution.out, index, axis=2))
-    lse = _host(problem.xp.take(solution.lse, index, axis=2))
-    exact_out, exact_lse = _host(exact.out), _host(exact.lse)
+    out = host_array(problem.xp.take(solution.out, index, axis=2))
+    lse = host_array(problem.xp.take(solution.lse, index, axis=2))
+    exact_out, exact_lse = host_array(exact.out), host_array(exact.lse)
     heads = out.shape[0] * out.shape[1]
     shape = (heads, len(chosen))
     wrong = ((out - exact_out) ** 2).sum(-1).reshape(shape)
     right = (exact_out**2).sum(-1).reshape(shape)
-    wrong = np.where(np.isfinite(wrong), wrong, np.inf)  # a method that gave NaN where exact did not has not met anything
+    wrong = np.where(
+        np.isfinite(wrong), wrong, np.inf
+    )  # a method that gave NaN where exact did not has not met anything
 
-    draw = np.random.default_rng(seed).multinomial(len(chosen), np.full(len(chosen), 1 / max(len(chosen), 1)), RESAMPLES)
+    draw = np.random.default_rng(seed).multinomial(
+        len(chosen), np.full(len(chosen), 1 / max(len(chosen), 1)), RESAMPLES
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         error = _ratio(wrong.sum(1), right.sum(1))
         resampled = _ratio(np.where(np.isinf(wrong), 1e300, wrong) @ draw.T, right @ draw.T)  # (heads, RESAMPLES)

@@ -55,7 +55,7 @@ class Call:
 
 @st.composite
 def calls(draw: st.DrawFn, longest: int = 80, tied: bool = False) -> Call:
-    """Any shapes with n_q and n_k up to `longest`; `tied`: entries may be whole numbers, so that many rows are equal."""
+    """Any shapes with n_q and n_k up to `longest`; `tied`: entries may be whole numbers, and many rows equal."""
     n_q, n_k = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     d, d_v = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     lead, key_lead = draw(

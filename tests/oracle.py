@@ -48,7 +48,7 @@ def levels_of(rows: int, size: int) -> int:
 
 
 def project(x: np.ndarray, start: np.ndarray, iterations: int, kept: np.ndarray) -> np.ndarray:
-    """Projections of rows x (r, d) on the principal axis of the kept ones; the others are +inf, so that they sort last."""
+    """Projections of rows x (r, d) on the principal axis of the kept ones; the others are +inf, to sort last."""
     centred = np.where(kept[:, None], x - x[kept].sum(0) / max(1, kept.sum()), 0)
     axis = start
     for _ in range(iterations):
@@ -72,7 +72,7 @@ def cell_order(k: np.ndarray, axes: np.ndarray, method: Treecode, kept: np.ndarr
 
 
 def query_groups(q: np.ndarray, axes: np.ndarray, method: Treecode) -> list[np.ndarray]:
-    """Row numbers in groups close in space: a node keeps group * 2**j rows on its left, so all but the last are full."""
+    """Row numbers in groups close in space: a node keeps group * 2**j rows on its left, so all but one are full."""
     levels = levels_of(len(q), method.group)
 
     def halve(rows: np.ndarray) -> list[np.ndarray]:
@@ -88,7 +88,7 @@ def query_groups(q: np.ndarray, axes: np.ndarray, method: Treecode) -> list[np.n
 
 @dataclass(frozen=True)
 class Level:
-    """Nodes of a run of chunks: mean key, diagonal variance, mean value (m, .), kept keys (m,), member rows (m, keys)."""
+    """Nodes of a run of chunks: mean key, diagonal variance, mean value (m, .), kept keys (m,), members (m, keys)."""
 
     mean: np.ndarray
     var: np.ndarray

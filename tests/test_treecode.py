@@ -1,4 +1,4 @@
-"""Treecode: equal to its definition given the same decisions, exact when everything is opened, and its error elsewhere."""
+"""Treecode: equal to its definition given the same decisions, exact when everything is opened, its error elsewhere."""
 
 from dataclasses import replace
 from functools import partial

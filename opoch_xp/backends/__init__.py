@@ -18,6 +18,7 @@ KERNELS = (
     "hash_codes",
     "bucket_attention",
     "build_tree",
+    "query_groups",
     "tree_attention",
     "merge_part",
     "synchronize",
@@ -64,7 +65,8 @@ def _module(name: str) -> Any:
     points = _found()[name]
     if len(points) > 1:
         raise RuntimeError(
-            f"backend {name!r} is defined by more than one plugin: {', '.join(map(_origin, points))}; uninstall all but one"
+            f"backend {name!r} is defined by more than one plugin: {', '.join(map(_origin, points))};"
+            " uninstall all but one"
         )
     return points[0].load()
 

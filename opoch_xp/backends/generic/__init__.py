@@ -5,7 +5,7 @@ from typing import Any
 from opoch_xp.backends.generic.buckets import bucket_attention
 from opoch_xp.backends.generic.exact import exact_attention, merge_part
 from opoch_xp.backends.generic.hashing import hash_codes
-from opoch_xp.backends.generic.tree import build_tree, tree_attention
+from opoch_xp.backends.generic.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "exact_attention",
     "hash_codes",
     "merge_part",
+    "query_groups",
     "synchronize",
     "tree_attention",
 ]

@@ -83,7 +83,8 @@ def build_tree(
     keys, values = split[..., :dim], split[..., dim:]
     ones = xp.ones(split.shape[:3], dtype=k.dtype, device=device(k))
     weight = ones if kept is None else xp.reshape(xp.astype(kept, k.dtype), split.shape[:3])
-    counts, summaries = [], []
+    counts: list[Array] = []
+    summaries: list[Array] = []
     var = xp.zeros_like(keys)
     for level, nodes in enumerate(levels):
         if level:
@@ -130,8 +131,8 @@ def tree_attention(
 ) -> tuple[Array, Array]:
     """Queries of each task against the trees of a run of chunks: out (T, n, d_v), lse (T, n).
 
-    queries (T, n, d); task t reads the chunks [first[t], first[t] + count[t]) of `tree` (host integers); no chunk: zeros
-    and lse -inf. axes (levels, d): where the power iterations that group the queries start.
+    queries (T, n, d); task t reads the chunks [first[t], first[t] + count[t]) of `tree` (host integers); no chunk:
+    zeros and lse -inf. axes (levels, d): where the power iterations that group the queries start.
     `groups` (T, ceil(n / group) * group) int64, if given, lists the rows of each group in turn, numbers of n and more
     being padding; `lists`, if given, what each group opens (groups of all tasks in turn).
     A non-finite query spoils its own row and has no vote in its group.
@@ -140,21 +141,30 @@ def tree_attention(
 
 
 def tree_lists(
-    queries: Array, tree: Tree, first: np.ndarray, count: np.ndarray, axes: Any, method: Treecode, *, scale: float
-) -> tuple[Array, Lists]:
-    """The groups (T, padded rows) and the lists that tree_attention would open for them."""
-    groups = query_groups(queries, axes, method)
-    return groups, _attend(queries, tree, first, count, axes, method, scale, groups, None)[2]
+    queries: Array,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    axes: Any,
+    method: Treecode,
+    *,
+    scale: float,
+    groups: Array,
+) -> Lists:
+    """What tree_attention opens for the groups given: arguments as there."""
+    return _attend(queries, tree, first, count, axes, method, scale, groups, None)[2]
 
 
 def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
     """Row numbers (T, ceil(n / group) * group) of queries (T, n, d) in groups that are close in space; >= n is padding.
 
-    The rows are padded to group * 2**levels with rows that sort last, so all groups but the last are full.
+    axes (levels, d): where the power iterations start. Queries that are not finite count as zeros. The rows are padded
+    to group * 2**levels with rows that sort last, so all groups but the last are full.
     """
     xp = array_namespace(queries)
     tasks, n, dim = queries.shape
     here = device(queries)
+    queries = xp.where(_finite(xp, queries)[..., None], queries, 0.0)
     total = group_count(n, method.group)
     size = n if total == 1 else method.group
     padded = size << splits(n, size)
@@ -166,13 +176,26 @@ def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
     return order[:, : total * size]
 
 
+def _finite(xp: Any, queries: Array) -> Array:
+    """Which of the queries (T, n, d) are finite, (T, n)."""
+    return xp.isfinite(xp.sum(queries * 0.0, axis=-1))
+
+
 def _attend(
-    queries: Array, tree: Tree, first: Any, count: Any, axes: Any, method: Treecode, scale: float, groups: Any, lists: Any
+    queries: Array,
+    tree: Tree,
+    first: Any,
+    count: Any,
+    axes: Any,
+    method: Treecode,
+    scale: float,
+    groups: Any,
+    lists: Any,
 ) -> tuple[Array, Array, Lists]:
     xp = array_namespace(queries)
     tasks, n, dim = queries.shape
     here = device(queries)
-    finite = xp.isfinite(xp.sum(queries * 0.0, axis=-1))  # (T, n)
+    finite = _finite(xp, queries)
     queries = xp.where(finite[..., None], queries, 0.0)
     if groups is None:
         groups = query_groups(queries, axes, method)
@@ -212,7 +235,7 @@ def _attend(
 def _attend_groups(
     q: Array, votes: Array, tree: Tree, run: tuple[Any, Any, int], method: Treecode, scale: float, lists: Lists | None
 ) -> tuple[Array, Array, Lists]:
-    """Steps 1 to 5 for groups q (F, g, d) that vote with weight votes (F, g); run: first and count (F,), widest count."""
+    """Steps 1 to 5 for groups q (F, g, d), voting with weight votes (F, g); run: first and count (F,), widest count."""
     first, count, widest = run
     xp = array_namespace(q)
     here, dim, leaf = device(q), tree.dim, tree.leaf
@@ -235,7 +258,9 @@ def _attend_groups(
             size = rows_of(xp, xp.reshape(tree.counts[level], (-1,)), node)
         mean, var, value = rows[..., :dim], rows[..., dim : 2 * dim], rows[..., 2 * dim :]
         mass = log_mass(
-            scale * (q @ xp.matrix_transpose(mean)), square @ xp.matrix_transpose(var), xp.where(there, size, 0.0)[:, None, :]
+            scale * (q @ xp.matrix_transpose(mean)),
+            square @ xp.matrix_transpose(var),
+            xp.where(there, size, 0.0)[:, None, :],
         )  # (F, g, m)
         norm = xp.maximum(norm, _logsumexp(xp, mass))  # no query's votes at a level exceed 1 in sum
         share = xp.exp(mass - xp.where(norm == -xp.inf, 0.0, norm))
@@ -302,7 +327,7 @@ def _cells(xp: Any, tree: Tree, cells: Array, base: Array, limit: Array) -> tupl
 
 
 def _softmax(xp: Any, logits: list[Array], values: list[Array], mine: Array, own_values: Array) -> tuple[Array, Array]:
-    """One softmax over shared rows, logits (F, g, m) with values (F, m, e), and each query's own, (F, g, o) and (F, g, o, e)."""
+    """One softmax over shared rows, logits (F, g, m) and values (F, m, e), and own, mine (F, g, o) and (F, g, o, e)."""
     top = xp.max(xp.concat([*logits, mine], axis=2), axis=2)  # (F, g)
     shift = xp.where(top == -xp.inf, 0.0, top)[..., None]
     weight = xp.exp(mine - shift)
