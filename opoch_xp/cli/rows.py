@@ -96,8 +96,14 @@ def run(given: Input, method: Method) -> Attention:
     return result
 
 
+def kernels(given: Input) -> Any:
+    """The kernels that compute: a plugin's, or the generic ones."""
+    return kernels_for(array_namespace(given.q), given.backend)
+
+
 def wait(given: Input, array: Array) -> None:
-    kernels_for(array_namespace(array), given.backend).synchronize(array)
+    """Wait for the device that computes the array."""
+    kernels(given).synchronize(array)
 
 
 def warm_up(given: Input, method: Method) -> None:

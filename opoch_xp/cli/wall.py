@@ -21,6 +21,7 @@ from opoch_xp.cli.rows import (
     check,
     error_notes,
     host,
+    kernels,
     materialised_row,
     measure_rows,
 )
@@ -144,6 +145,7 @@ def measure(plan: Plan, begin: Begin) -> tuple[list[Row], dict[str, Any]]:
         "causal": setup.causal,
         "seed": setup.seed,
         "backend": setup.backend,
+        "kernels": kernels(given).name,
         "machine": machine(),
         "threads": thread_count() if setup.backend == "numpy" else None,
         "python": platform.python_version(),
@@ -183,7 +185,8 @@ def _table(plan: Plan, rows: list[Row], about: dict[str, Any]) -> Table:
         f"{'causal' if about['causal'] else 'not causal'}, seed {about['seed']}"
     )
     threads = f", threads: {about['threads']}" if about["threads"] else ""
-    where = f"{about['machine']}{threads}; Python {about['python']}, NumPy {about['numpy']}, backend {about['backend']}"
+    backend = about["backend"] + (f" ({about['kernels']} kernels)" if about["kernels"] != about["backend"] else "")
+    where = f"{about['machine']}{threads}; Python {about['python']}, NumPy {about['numpy']}, backend {backend}"
     titles = {"heads": "The wall, real input: heads of the byte model"}
     lines = [what, where]
     if "text" in about:
