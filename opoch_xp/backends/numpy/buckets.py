@@ -24,6 +24,8 @@ from opoch_xp.backends.numpy.threads import run
 Array = np.ndarray
 
 BATCH = 1 << 19  # numbers a batch gathers and computes: 2 MB of float32
+WASTE = 1 << 16  # numbers of padding that cost less than one more batch
+MOST = 4096  # tiles of a batch
 SAFE = 20.0  # logits up to this need no shift: float32 holds sums of exp(20) and of exp(-20) alike
 SPARSE = 32  # repeated pairs are listed one by one where they are fewer than one in this many
 WIDTHS = np.asarray([1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, TILE])
@@ -104,24 +106,33 @@ def _task(task: tuple[Head, Table, list[tuple[Array, ...]], int, int]) -> None:
     """The tiles [begin, end) of a table, in batches of like size."""
     head, table, earlier, begin, end = task
     tiles, width = table.tiles, head.rows.shape[1]
-    g = (tiles.high - tiles.low)[begin:end]
-    m = WIDTHS[np.searchsorted(WIDTHS, (tiles.last - tiles.first)[begin:end])]
-    part = tiles.part[begin:end]
+    g, m = (tiles.high - tiles.low)[begin:end], (tiles.last - tiles.first)[begin:end]
+    m, part = _widths(m, width + int(g.mean())), tiles.part[begin:end]
     order = np.lexsort((g, m, part))  # tiles of one part are of different queries: a batch holds no query twice
     g, m, part = g[order], m[order], part[order]
+    numbers = g * m + (2 * g + m) * width  # that a tile gathers and computes
     buffer = Buffers()
     for low, high in zip(*(edge.tolist() for edge in runs(m, part)), strict=True):
-        keys = int(m[low])
         while low < high:
-            count = min(high - low, _fitting(int(g[low]), keys, width))
-            count = min(count, _fitting(int(g[low + count - 1]), keys, width))  # the last is the largest
-            _batch(head, table, earlier, begin + order[low : low + count], int(g[low + count - 1]), keys, buffer)
+            cost = numbers[low : min(high, low + MOST)]
+            padded = np.arange(1, len(cost) + 1) * cost  # of so many tiles, all as large as the last
+            fitting = np.searchsorted(padded, BATCH, side="right")
+            count = max(1, min(int(fitting), int(np.searchsorted(padded - np.cumsum(cost), WASTE, side="right"))))
+            index = begin + order[low : low + count]
+            _batch(head, table, earlier, index, int(g[low + count - 1]), int(m[low]), buffer)
             low += count
 
 
-def _fitting(g: int, m: int, width: int) -> int:
-    """Tiles of g queries and m keys that make a batch; a gathered key has `width` numbers, a query up to twice that."""
-    return max(1, BATCH // (g * m + (2 * g + m) * width))
+def _widths(m: Array, cost: int) -> Array:
+    """Widths that tiles of m keys are padded to: few, but a padded key costs about `cost` numbers."""
+    place = np.searchsorted(WIDTHS, m)
+    counts = np.bincount(place, minlength=len(WIDTHS))
+    widest = int(place.max())
+    target = np.arange(len(WIDTHS))
+    for small in range(widest - 1, -1, -1):
+        if counts[small] * (WIDTHS[target[small + 1]] - WIDTHS[small]) * cost <= WASTE:
+            target[small] = target[small + 1]
+    return WIDTHS[target][place]
 
 
 class Buffers:
