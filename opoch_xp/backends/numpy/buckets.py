@@ -63,6 +63,9 @@ def bucket_attention(
     """
     batch, repeat, n_q, dim = q.shape
     n_k, tables, width = k.shape[1], key_codes.shape[1], v.shape[2]
+    if 0 in (batch, repeat, n_q):
+        none = np.zeros((batch, repeat, n_q), dtype=np.int64)
+        return np.zeros((*none.shape, width), dtype=q.dtype), none.astype(q.dtype), none
     sums = np.zeros((batch, repeat * n_q + 1, width + 1), dtype=q.dtype)
     top = None if _bounded(q, k, scale) else np.full(sums.shape[:2], -np.inf, dtype=q.dtype)
     read = np.zeros(sums.shape[:2], dtype=np.int64)
@@ -81,15 +84,14 @@ def bucket_attention(
             query_codes[b, :, number], key_codes[b, number], kept[b], causal, older=window, limit=max_bucket
         )
 
-    if read.size > batch:
-        numbers = range(-1 if window else 0, tables)
-        found = run(table, [(b, number) for number in numbers for b in range(batch)])
-        for number in range(0, len(found), batch):
-            tasks = []
-            for b in range(batch):
-                earlier = [found[before + b].met for before in range(batch if window else 0, number, batch)]
-                tasks += [(heads[b], found[number + b], earlier, *part) for part in cut_tasks(found[number + b].tiles)]
-            run(_task, tasks)
+    numbers = range(-1 if window else 0, tables)
+    found = run(table, [(b, number) for number in numbers for b in range(batch)])
+    for number in range(0, len(found), batch):
+        tasks = []
+        for b in range(batch):
+            earlier = [found[before + b].met for before in range(batch if window else 0, number, batch)]
+            tasks += [(heads[b], found[number + b], earlier, *part) for part in cut_tasks(found[number + b].tiles)]
+        run(_task, tasks)
     return _finish(q, heads, causal, kept, query_codes, key_codes)
 
 
