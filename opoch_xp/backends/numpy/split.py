@@ -6,7 +6,7 @@ import numpy as np
 
 from opoch_xp.backends.numpy.threads import run
 
-SAMPLE = 128  # rows of a node that its axis is found from: a median split does not need it to be finer
+SAMPLE = 256  # rows of a node that its axis is found from: a median split does not need it to be finer
 CACHED = 4096  # rows: 1 MB of float32 at d = 64, an L2 cache
 PARALLEL = 65536  # rows of a node from which on its halves go to different threads
 

@@ -157,6 +157,13 @@ class _Group:
             held[name] = np.empty(size, self.cells.dtype)
         return held[name][:size].reshape(shape)
 
+    def sum(self, weight: np.ndarray) -> np.ndarray:
+        """Sum over nodes of weight (m, g): as a product, which is faster than a reduction."""
+        ones = self.scratch.__dict__.get("ones")
+        if ones is None or len(ones) < len(weight):
+            ones = self.scratch.ones = np.ones(len(weight), weight.dtype)
+        return ones[: len(weight)] @ weight
+
     def __call__(
         self, q: np.ndarray, votes: np.ndarray | None, first: int, count: int, lists: Lists | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +186,7 @@ class _Group:
                 reference[reference == -np.inf] = 0
             mass -= reference
             weight = np.exp(mass, out=mass)
-            level_sum = np.add.reduce(weight, axis=0)
+            level_sum = self.sum(weight)
             largest = level_sum if largest is None else np.maximum(largest, level_sum)
             vote = 1 / largest if votes is None else votes / largest
             width = min(self.method.open if level else self.method.near, len(candidates))
@@ -191,29 +198,30 @@ class _Group:
             opened = candidates[pick]
             weight[pick] = 0
             if level:
-                total += np.add.reduce(weight, axis=0)
+                total += self.sum(weight)
                 out += weight.T @ rows[:, 2 * dim :]
                 children = self.nodes[level - 1] // self.nodes[level]
-                family = np.take(self.families[level - 1], opened + first * self.nodes[level], axis=0, mode="clip",
-                                 out=self.buffer("family", len(opened), self.families[level - 1].shape[1]))  # fmt: skip
+                below = self.families[level - 1]
+                family = self.buffer("family", len(opened), below.shape[1])
+                below.take(opened + first * self.nodes[level], axis=0, mode="clip", out=family)
                 rows = family.reshape(len(opened) * children, -1)
                 candidates = (opened[:, None] * children + np.arange(children)).reshape(-1)
         cell = opened + first * self.nodes[0]
-        near = np.take(self.cells, cell, axis=0, mode="clip", out=self.buffer("near", len(cell), self.cells.shape[1]))
-        near = near.reshape(len(cell) * leaf, -1)
+        near = self.buffer("near", len(cell), self.cells.shape[1])
+        near = self.cells.take(cell, axis=0, mode="clip", out=near).reshape(len(cell) * leaf, -1)
         logits = np.matmul(near[:, :dim], turned, out=self.buffer("logits", len(near), len(q)))
         logits -= reference
         np.exp(logits, out=logits)
         if self.kept is not None:
             logits *= self.kept[cell].reshape(-1, 1)
-        total += np.add.reduce(logits, axis=0)
+        total += self.sum(logits)
         out += logits.T @ near[:, dim:]
         weight[pick] = -1  # not to be read twice
         best = None if lists is None else (candidates == lists.own[..., None]).argmax(-1)
         left = len(candidates) - len(opened)
         self.own(weight, left, candidates + first * self.nodes[0], scaled, reference, total, out, best)
         weight[pick] = 0
-        total += np.add.reduce(weight, axis=0)
+        total += self.sum(weight)
         out += weight.T @ rows[:, 2 * dim :]
         if not (total.min() > LOW and total.max() < HIGH):
             return self.again(q, votes, first, count, lists)
@@ -262,9 +270,8 @@ class _Group:
         for s in range(0, group, OWN_ROWS):
             part = slice(s, min(s + OWN_ROWS, group))
             index = cell[best[part]].reshape(-1)
-            keys = np.take(self.cells, index, axis=0, mode="clip",
-                           out=self.buffer("own", len(index), self.cells.shape[1]))  # fmt: skip
-            keys = keys.reshape(part.stop - s, own * leaf, -1)
+            keys = self.buffer("own", len(index), self.cells.shape[1])
+            keys = self.cells.take(index, axis=0, mode="clip", out=keys).reshape(part.stop - s, own * leaf, -1)
             logits = (keys[..., :dim] @ scaled[part, :, None])[..., 0]
             logits -= reference[part, None]
             np.exp(logits, out=logits)
