@@ -1,7 +1,9 @@
 """From the caller's arguments to a Problem: every check in the caller's words, then one layout for all kernels."""
 
+from numbers import Real
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from opoch_xp.backends import kernels_for, library
@@ -84,9 +86,15 @@ def _check_mask(xp: Any, key_mask: Array, k: Array) -> None:
         raise ValueError(f"key_mask must be on the device of k, {device(k)}, got {device(key_mask)}")
 
 
+def _sum_is_finite(xp: Any, array: Array) -> bool:
+    """One summing pass: True says that every entry is finite; the sum of finite entries may overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(xp.isfinite(xp.sum(array)))
+
+
 def _check_finite(xp: Any, name: str, array: Array) -> None:
-    if bool(xp.isfinite(xp.sum(array))) or bool(xp.all(xp.isfinite(array))):
-        return  # one summing pass; the sum alone may overflow
+    if _sum_is_finite(xp, array) or bool(xp.all(xp.isfinite(array))):
+        return
     flat = xp.reshape(xp.isfinite(array), (-1,))
     place, where = int(xp.argmin(xp.astype(flat, xp.int8))), []
     for size in reversed(array.shape):
@@ -117,7 +125,9 @@ def prepare(
     kernels = kernels_for(xp, backend)
     if key_mask is not None:
         _check_mask(xp, key_mask, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale must be a finite number, got {scale!r}")
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale must be a finite number, got {scale}")
 
@@ -130,17 +140,19 @@ def prepare(
     k3 = xp.reshape(xp.astype(k, accumulate, copy=False), (key_heads, *k.shape[-2:]))
     v3 = xp.reshape(xp.astype(v, accumulate, copy=False), (key_heads, *v.shape[-2:]))
     mask = None
-    if key_mask is not None:
+    if not on_host(xp, q) or not _sum_is_finite(xp, q3):
+        q3 = xp.where(xp.isfinite(q3), q3, xp.nan)  # logits of -inf would pass for keys that are not seen
+    if key_mask is not None and key_heads:
         per_batch = 1 if len(k.shape) == 2 else k.shape[-3]
-        spread = xp.reshape(key_mask, (-1, 1, k.shape[-2])) if key_heads else xp.reshape(key_mask, (0, 1, k.shape[-2]))
-        spread = xp.broadcast_to(spread, (key_heads // max(per_batch, 1), per_batch, k.shape[-2]))
+        spread = xp.reshape(key_mask, (-1, 1, k.shape[-2]))
+        spread = xp.broadcast_to(spread, (key_heads // per_batch, per_batch, k.shape[-2]))
         mask = xp.reshape(spread, (key_heads, k.shape[-2]))
         k3 = xp.where(mask[..., None], k3, 0.0)
         v3 = xp.where(mask[..., None], v3, 0.0)
     if check_finite or (check_finite is None and on_host(xp, q)):
         _check_finite(xp, "k", k3)
         _check_finite(xp, "v", v3)
-    return Problem(xp, kernels, q3, k3, v3, mask, causal, scale)
+    return Problem(xp, kernels, q3, k3, v3, mask, bool(causal), float(scale))
 
 
 def restore(q: Array, v: Array, out: Array, lse: Array, xp: Any) -> tuple[Array, Array]:

@@ -1,10 +1,11 @@
 """The call: attention and attend check the arguments, choose a method, and run one kernel after another."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
+import numpy as np
 from array_api_compat import device
 
 from opoch_xp.arguments import on_host, prepare, restore
@@ -80,12 +81,16 @@ def check_method(method: object) -> None:
 
 
 def solve(problem: Problem, method: Method) -> Solution:
-    """Run one method on a problem; an empty one gives empty arrays."""
-    if problem.n_q * problem.q.shape[0] * problem.q.shape[1] * problem.v.shape[-1] == 0:
-        xp, lead = problem.xp, problem.q.shape[:3]
-        here = {"dtype": problem.q.dtype, "device": device(problem.q)}
-        return Solution(xp.zeros((*lead, problem.v.shape[-1]), **here), xp.full(lead, -xp.inf, **here))
-    return _SOLVERS[type(method)](problem, method)
+    """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays."""
+    xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
+    here = {"dtype": problem.q.dtype, "device": device(problem.q)}
+    if 0 in lead:
+        return Solution(xp.zeros((*lead, width), **here), xp.full(lead, -xp.inf, **here))
+    if width == 0:  # the lse is still wanted
+        solution = solve(replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), **here)), method)
+        return replace(solution, out=solution.out[..., :0])
+    with np.errstate(all="ignore"):  # infinite logits are meant, and what is not finite is seen in the output
+        return _SOLVERS[type(method)](problem, method)
 
 
 def choose(problem: Problem) -> tuple[Method, str]:

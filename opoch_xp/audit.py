@@ -79,10 +79,11 @@ def solve_rows(problem: Problem, rows: np.ndarray) -> Solution:
     xp = problem.xp
     index = xp.asarray(rows, device=device(problem.q))
     positions = rows + (problem.n_k - problem.n_q)
-    out, lse = problem.kernels.exact_attention(
-        xp.take(problem.q, index, axis=2), problem.k, problem.v, causal=problem.causal, scale=problem.scale,
-        mask=problem.mask, positions=positions,
-    )  # fmt: skip
+    with np.errstate(all="ignore"):
+        out, lse = problem.kernels.exact_attention(
+            xp.take(problem.q, index, axis=2), problem.k, problem.v, causal=problem.causal, scale=problem.scale,
+            mask=problem.mask, positions=positions,
+        )  # fmt: skip
     return Solution(out, lse)
 
 
