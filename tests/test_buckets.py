@@ -112,7 +112,7 @@ def codings(draw: st.DrawFn, longest: int = 40) -> Coded:
     d, d_v, tables = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     codes = draw(st.sampled_from([1, 2, 6, 40]))
-    spread = draw(st.sampled_from([1, 70001, 2**32 + 5, (2**62 - 1) // codes]))  # codes of 16, 32 and 62 bits
+    spread = draw(st.sampled_from([1, 2**16, 2**32, 2**48]))  # codes that differ in one digit of 16 bits
     norm = draw(st.sampled_from([0.1, 1.0, 40.0]))
     q, k = norm * rng.standard_normal((batch, repeat, n_q, d)), rng.standard_normal((batch, n_k, d))
     v, mask = rng.standard_normal((batch, n_k, d_v)), None
@@ -161,6 +161,12 @@ def test_short_tiles_and_batches_change_nothing(backend: Backend, coded: Coded) 
 @pytest.mark.parametrize("causal", [False, True])
 def test_buckets_longer_than_a_tile(backend: Backend, causal: bool, max_bucket: int | None) -> None:
     check(backend, crowded(0, causal, max_bucket))
+
+
+@pytest.mark.parametrize(("codes", "max_bucket"), [(60, None), (60, 10), (700, None), (700, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_short_buckets_and_empty_ones(backend: Backend, causal: bool, codes: int, max_bucket: int | None) -> None:
+    check(backend, crowded(5, causal, max_bucket, codes))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -105,7 +105,8 @@ def sort_table(
         met = (_by_query(start, query), _by_query(stop, query), rank)
     else:
         small = _small(max(int(key_codes.max(initial=0)), int(flat.max(initial=0))))
-        met = (np.append(query_codes.reshape(-1), 0).astype(small), np.append(key_codes, 0).astype(small))
+        # padding has codes that differ, or it would meet itself everywhere
+        met = (np.append(query_codes.reshape(-1), 0).astype(small), np.append(key_codes, 1).astype(small))
     return Table(order, query, start if causal else None, stop if causal else None, tiles, met)
 
 
