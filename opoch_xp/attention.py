@@ -126,13 +126,13 @@ def attend(
     q . k, by default d ** -0.5. key_mask (..., n_k) bool, True = keep; masked keys and values may hold anything. A row
     that sees no key is zeros with lse -inf.
 
-    method: Exact(), LSH(...) or Treecode(...). tol: an error in (0, 1); the cheapest method whose error on sampled rows
-    stays within it is taken (see opoch_xp.tune). With neither, predicted costs choose between Exact and Treecode, and on
-    host arrays a Treecode so chosen is checked on 32 rows a head: ApproximationWarning when the upper end of the error's
-    95% interval passes 10%. check=False never checks, check=True checks whatever the method and the device.
+    method: Exact(), LSH(...) or Treecode(...). tol: an error in (0, 1); the cheapest method whose error on sampled
+    rows stays within it is taken (see opoch_xp.tune). With neither, predicted costs choose between Exact and Treecode,
+    and on host arrays a Treecode so chosen is checked on 32 rows a head: ApproximationWarning when the upper end of
+    the error's 95% interval passes 10%. check=False never checks, check=True checks any method on any device.
 
-    backend: None for the plugin of the arrays' library, "generic" for the plain Array API kernels. check_finite: whether
-    to look for numbers that are not finite in k and v, which reads them back; by default on host arrays only.
+    backend: None for the plugin of the arrays' library, "generic" for the plain Array API kernels. check_finite:
+    whether to look for numbers that are not finite in k and v, which reads them back; by default on host arrays only.
 
     Cost: see the method. Memory: O(n). Raises TypeError for arguments of a wrong kind, ValueError for ones that do not
     fit, both naming what was expected and what was given.
@@ -180,8 +180,8 @@ def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> 
     audit = audit_solution(problem, solution, method, tuple(q.shape[:-2]), rows=CHECK_ROWS, seed=0)
     if audit.worst > WARN_ABOVE:
         warn(
-            f"{method!r} errs by {audit.error.max():.1%} (95% interval up to {audit.worst:.1%}) on {audit.rows} sampled rows"
-            " of the worst head; give tol= to have a method chosen by its error, method=Exact(), or check=False",
+            f"{method!r} errs by {audit.error.max():.1%} (95% interval up to {audit.worst:.1%}) on {audit.rows} sampled"
+            " rows of the worst head; give tol= to have a method chosen by its error, method=Exact(), or check=False",
             ApproximationWarning,
             stacklevel=4,
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Array = Any
 RESAMPLES = 1000  # of the bootstrap: its percentiles are good to about a tenth of the interval's width
 INTERVAL = (2.5, 97.5)  # percent
+UNBOUNDED = 1e140  # error of an output that is no number: sums of its square stay finite
 
 
 @dataclass(frozen=True)
@@ -106,31 +107,39 @@ def audit_solution(
     exact_out, exact_lse = host_array(exact.out), host_array(exact.lse)
     heads = out.shape[0] * out.shape[1]
     shape = (heads, len(chosen))
-    wrong = ((out - exact_out) ** 2).sum(-1).reshape(shape)
-    right = (exact_out**2).sum(-1).reshape(shape)
-    wrong = np.where(
-        np.isfinite(wrong), wrong, np.inf
-    )  # a method that gave NaN where exact did not has not met anything
+    if 0 in shape:
+        return Audit(
+            np.zeros(lead), np.zeros((*lead, 2)), PerQuery(0, 0, 0, 0), 0.0, len(chosen), heads, seed, method, seconds
+        )
+    with np.errstate(all="ignore"):
+        wrong = ((out - exact_out) ** 2).sum(-1).reshape(shape)
+        right = (exact_out**2).sum(-1).reshape(shape)
+        share = np.exp(np.where(np.isneginf(exact_lse), 0.0, lse - exact_lse)).reshape(shape)
+    spoiled = np.isnan(right) | np.isnan(exact_lse).reshape(shape)  # by a query that is not finite: nothing to meet
+    wrong = np.where(spoiled, 0.0, np.where(np.isfinite(wrong), wrong, UNBOUNDED**2))
+    right = np.where(spoiled, 0.0, right)
+    missed = np.where(spoiled, 0.0, 1 - np.where(np.isfinite(share), share, 0.0))
 
-    draw = np.random.default_rng(seed).multinomial(
-        len(chosen), np.full(len(chosen), 1 / max(len(chosen), 1)), RESAMPLES
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = _ratio(wrong.sum(1), right.sum(1))
-        resampled = _ratio(np.where(np.isinf(wrong), 1e300, wrong) @ draw.T, right @ draw.T)  # (heads, RESAMPLES)
-        single = _ratio(wrong, right)
-        share = np.exp(np.where(np.isneginf(exact_lse), 0.0, lse - np.where(np.isneginf(exact_lse), 0.0, exact_lse)))
-    interval = np.percentile(resampled, INTERVAL, axis=1).T if single.size else np.zeros((heads, 2))
-    figures = PerQuery(*(float(f(single)) if single.size else 0.0 for f in (np.mean, np.median, _p99, np.max)))
-    missed = float(np.mean(1 - share)) if share.size else 0.0
+    draw = np.random.default_rng(seed).multinomial(len(chosen), np.full(len(chosen), 1 / len(chosen)), RESAMPLES)
+    single = _ratio(wrong, right)
+    figures = PerQuery(*(float(f(single)) for f in (np.mean, np.median, _p99, np.max)))
     return Audit(
-        error.reshape(lead), interval.reshape(*lead, 2), figures, missed, len(chosen), heads, seed, method, seconds
+        error=_ratio(wrong.sum(1), right.sum(1)).reshape(lead),
+        interval=np.percentile(_ratio(wrong @ draw.T, right @ draw.T), INTERVAL, axis=1).T.reshape(*lead, 2),
+        per_query=figures,
+        missed=float(missed.mean()),
+        rows=len(chosen),
+        heads=heads,
+        seed=seed,
+        method=method,
+        seconds=seconds,
     )
 
 
 def _ratio(wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Relative error; an exact output of zeros that is met counts as no error."""
-    return np.sqrt(np.where(wrong == 0, 0.0, wrong / right))
+    """Relative error; an exact output of zeros that is met counts as no error, one that is not as one without bound."""
+    with np.errstate(all="ignore"):
+        return np.where(wrong == 0, 0.0, np.minimum(np.sqrt(wrong / right), UNBOUNDED))
 
 
 def _p99(x: np.ndarray) -> float:
@@ -161,7 +170,7 @@ def audit(
     """Error of a method on this input, on `rows` sampled rows a head: the method runs in full, the rows exactly.
 
     Arrays as in `attend`. method: by default the one that attend would choose. output: the Attention of an earlier call
-    with the same arguments; its figures are audited and the method does not run again. Reads the rows back to the host.
+    with the same arguments; it is audited and no method runs. Reads the rows back to the host.
     Cost: the method, and rows * n_k dot products a head. Raises as attend does, and ValueError for rows < 1.
 
     >>> import numpy as np, opoch_xp as ox
@@ -171,6 +180,10 @@ def audit(
     ((2,), (2, 2), True)
     """
     check_rows(rows, seed)
+    if method is not None and output is not None:
+        raise TypeError(
+            f"give method or output, not both; got method={method!r} and the output of {output.report.method!r}"
+        )
     if method is not None:
         check_method(method)
     problem = prepare(
@@ -179,6 +192,9 @@ def audit(
     lead = tuple(q.shape[:-2])
     if output is not None:
         xp, shape = problem.xp, (*problem.q.shape[:3], problem.v.shape[-1])
+        expected, given_shape = (*q.shape[:-1], v.shape[-1]), tuple(output.out.shape)
+        if given_shape != expected:
+            raise ValueError(f"output must have out {expected}, got {given_shape}")
         out = xp.reshape(xp.astype(output.out, problem.q.dtype, copy=False), shape)
         given = Solution(out, xp.reshape(output.lse, shape[:3]))
         return audit_solution(problem, given, output.report.method, lead, rows=rows, seed=seed)

@@ -30,6 +30,9 @@ def exact_attention(
     xp = array_namespace(q)
     batch, repeat, n_q, _ = q.shape
     n_k = k.shape[1]
+    if batch * repeat * n_q == 0:
+        here = {"device": device(q), "dtype": q.dtype}
+        return xp.zeros((batch, repeat, n_q, v.shape[2]), **here), xp.zeros((batch, repeat, n_q), **here)
     last = None
     if causal:
         last = np.arange(n_q) + (n_k - n_q) if positions is None else np.asarray(positions)

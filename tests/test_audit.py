@@ -1,0 +1,266 @@
+"""audit, tune, tol and the check of an automatic choice: errors are those of the definition, and are acted upon."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from compare import relative_error, rounding
+from conftest import Backend
+from inputs import MANY, clustered, qkv
+
+import opoch_xp as ox
+from opoch_xp import Exact, Treecode
+from opoch_xp.arguments import prepare
+from opoch_xp.attention import choose
+from opoch_xp.cost import Cost, predicted
+from opoch_xp.tune import ladder
+
+SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=6, near=3, own=2)
+FULL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=MANY, near=MANY, own=MANY)
+
+
+def arrays(backend: Backend, *host: Any) -> list[Any]:
+    return [backend.array(a) for a in host]
+
+
+def needles(n: int, dim: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every query looks up a key of its own among keys without structure: what a treecode cannot do."""
+    _, k, v = qkv(9, n, d=dim, d_v=dim)
+    return 8 * k[np.random.default_rng(8).permutation(n)], k, v
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_error_on_all_rows_is_the_definition(backend: Backend, causal: bool) -> None:
+    q, k, v = qkv(0, 200, lead=(2, 2), key_lead=(2, 1))
+    found = ox.attend(*arrays(backend, q, k, v), causal=causal, method=SMALL, backend=backend.name)
+    audit = ox.audit(*arrays(backend, q, k, v), causal=causal, method=SMALL, rows=200, backend=backend.name)
+    out, lse = backend.numpy(found.out), backend.numpy(found.lse)
+    single, missed = [], []
+    for b in range(2):
+        for h in range(2):
+            exact, exact_lse = oracle.dense(q[b, h], k[b, 0], v[b, 0], causal=causal)
+            assert audit.error[b, h] == pytest.approx(relative_error(out[b, h], exact))
+            single.append(np.linalg.norm(out[b, h] - exact, axis=1) / np.linalg.norm(exact, axis=1))
+            missed.append(1 - np.exp(lse[b, h] - exact_lse))
+    assert audit.per_query.mean == pytest.approx(np.mean(single))
+    assert audit.per_query.p50 == pytest.approx(np.median(single))
+    assert audit.per_query.p99 == pytest.approx(np.percentile(single, 99))
+    assert audit.per_query.max == pytest.approx(np.max(single))
+    assert audit.missed == pytest.approx(np.mean(missed))
+    assert (audit.rows, audit.heads, audit.method) == (200, 4, SMALL)
+    assert (audit.interval[..., 0] <= audit.error).all()
+    assert (audit.error <= audit.interval[..., 1]).all()
+    assert audit.worst == audit.interval.max()
+
+
+def test_sampled_error_lies_near_the_whole(backend: Backend) -> None:
+    """The 95% interval on 64 rows of 600 holds the error on all rows, for all but a few of 40 draws."""
+    q, k, v = clustered(1, 600)
+    given = ox.attend(*arrays(backend, q, k, v), method=SMALL, backend=backend.name, check=False)
+    whole = relative_error(backend.numpy(given.out), oracle.dense(q, k, v)[0])
+    audits = [
+        ox.audit(*arrays(backend, q, k, v), rows=64, seed=seed, output=given, backend=backend.name)
+        for seed in range(40)
+    ]
+    held = [bool(audit.interval[0] <= whole <= audit.interval[1]) for audit in audits]
+    assert sum(held) >= 30  # a 95% interval misses 2 of 40; the bootstrap of 64 rows with heavy tails somewhat more
+    assert len({float(audit.error) for audit in audits}) == 40
+    again = ox.audit(*arrays(backend, q, k, v), rows=64, seed=3, output=given, backend=backend.name)
+    assert float(again.error) == float(audits[3].error)
+    assert again.seconds == 0
+
+
+def test_exact_has_no_error(backend: Backend) -> None:
+    audit = ox.audit(*arrays(backend, *qkv(2, 100)), method=Exact(), backend=backend.name)
+    assert audit.worst <= rounding(*qkv(2, 100))
+    assert audit.rows == 100
+
+
+def test_rows_that_see_no_key_are_not_sampled(backend: Backend) -> None:
+    q, k, v = qkv(3, 100, 40)
+    audit = ox.audit(*arrays(backend, q, k, v), causal=True, method=FULL, rows=64, backend=backend.name)
+    assert audit.rows == 40
+    hidden = backend.array(np.zeros(40, bool))
+    audit = ox.audit(*arrays(backend, q, k, v), key_mask=hidden, method=FULL, backend=backend.name)
+    assert audit.worst == 0
+    assert audit.missed == 0
+
+
+def test_an_output_that_is_no_number_is_an_error(backend: Backend) -> None:
+    q, k, v = qkv(4, 50)
+    given = ox.attend(*arrays(backend, q, k, v), method=Exact(), backend=backend.name)
+    spoiled = ox.Attention(given.out * float("nan"), given.lse, given.report)
+    audit = ox.audit(*arrays(backend, q, k, v), output=spoiled, backend=backend.name)
+    assert audit.worst > 1e100
+    assert audit.missed == pytest.approx(0)
+
+
+def test_queries_that_are_not_finite_hold_no_error(backend: Backend) -> None:
+    q, k, v = clustered(4, 300)
+    clean = ox.audit(*arrays(backend, q, k, v), method=FULL, rows=300, backend=backend.name)
+    q[7], q[200, 0] = np.nan, np.inf
+    audit = ox.audit(*arrays(backend, q, k, v), method=FULL, rows=300, backend=backend.name)
+    assert clean.worst < 1e-5
+    assert audit.worst < 1e-5
+    assert abs(audit.missed) < 1e-5
+
+
+@pytest.mark.parametrize(("n_q", "lead"), [(0, (2,)), (5, (0,)), (0, ())])
+def test_nothing_to_audit(backend: Backend, n_q: int, lead: tuple[int, ...]) -> None:
+    host = [np.ones(shape) for shape in ((*lead, n_q, 4), (*lead, 6, 4), (*lead, 6, 3))]
+    for method in (Exact(), SMALL):
+        audit = ox.audit(*arrays(backend, *host), method=method, backend=backend.name)
+        assert audit.error.shape == lead
+        assert audit.worst == 0
+    assert ox.attend(*arrays(backend, *host), tol=0.1, backend=backend.name).out.shape == (*lead, n_q, 3)
+
+
+def test_tune_returns_the_first_rung_within_tol_and_keeps_the_ladder(backend: Backend) -> None:
+    q, k, v = clustered(5, 3000)
+    cheap, last = ox.tune(*arrays(backend, q, k, v), tol=0.9, rows=64, backend=backend.name), None
+    assert cheap[1].ladder[-1].passed
+    assert cheap[1].worst <= 0.9
+    for tol in (0.2, 1e-3):
+        method, audit = ox.tune(*arrays(backend, q, k, v), tol=tol, rows=64, backend=backend.name)
+        rungs = audit.ladder
+        assert rungs[-1].method == method == audit.method
+        assert audit.worst <= tol
+        assert [rung.passed for rung in rungs] == [False] * (len(rungs) - 1) + [True]
+        assert all(rung.error > tol for rung in rungs[:-1])
+        last = rungs if last is None or len(rungs) >= len(last) else pytest.fail("a smaller tol took fewer rungs")
+
+
+def test_tune_passes_over_what_is_dearer_than_exact(backend: Backend) -> None:
+    method, audit = ox.tune(*arrays(backend, *qkv(6, 64)), tol=0.01, backend=backend.name)
+    assert not any(isinstance(rung.method, Treecode) for rung in audit.ladder)
+    assert audit.ladder[-1].method == method
+
+
+def test_tune_on_lookups_gives_what_meets_tol(backend: Backend) -> None:
+    method, audit = ox.tune(*arrays(backend, *needles(700)), tol=0.05, rows=64, backend=backend.name)
+    assert audit.worst <= 0.05
+    assert not isinstance(method, Treecode)
+
+
+def test_long_inputs_are_tried_on_their_last_queries(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = clustered(7, 3000)
+    module = __import__("sys").modules["opoch_xp.tune"]
+    monkeypatch.setattr(module, "TRIAL_QUERIES", 500)
+    _, audit = ox.tune(*arrays(backend, q, k, v), tol=0.9, rows=64, causal=True, backend=backend.name)
+    assert [rung.queries for rung in audit.ladder][-2:] == [500, 3000]
+    assert audit.ladder[-2].method == audit.ladder[-1].method
+
+
+def test_tol_attends_by_the_tuned_method(backend: Backend) -> None:
+    q, k, v = clustered(5, 3000)
+    method, _ = ox.tune(*arrays(backend, q, k, v), tol=0.3, backend=backend.name)
+    found = ox.attend(*arrays(backend, q, k, v), tol=0.3, backend=backend.name)
+    assert found.report.method == method
+    assert found.report.audit.worst <= 0.3
+    assert len(found.report.passes) == len(found.report.audit.ladder)
+    assert relative_error(backend.numpy(found.out), oracle.dense(q, k, v)[0]) < 0.3
+    alone = ox.attend(*arrays(backend, q, k, v), method=method, backend=backend.name)
+    assert np.array_equal(backend.numpy(found.out), backend.numpy(alone.out))
+
+
+def cheap_treecode(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs under which a Treecode is chosen for short inputs."""
+    monkeypatch.setattr(backend.kernels, "COST", Cost(read=0.05, split=0.0))
+
+
+def test_a_bad_choice_warns_and_names_the_figure_and_the_cure(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cheap_treecode(backend, monkeypatch)
+    q, k, v = arrays(backend, *needles(2048, 32))
+    with pytest.warns(
+        ox.ApproximationWarning, match=r"errs by \d+\.\d% .* 32 sampled rows .* tol= .*check=False"
+    ) as seen:
+        found = ox.attend(q, k, v, backend=backend.name)
+    assert seen[0].filename == __file__
+    assert found.report.audit.worst > 0.10
+    assert found.report.method == Treecode()
+    assert found.report.reason.startswith("chosen by predicted cost")
+    with pytest.warns(ox.ApproximationWarning) as seen:
+        ox.attention(q, k, v, backend=backend.name)
+    assert seen[0].filename == __file__
+    with pytest.warns(ox.ApproximationWarning):
+        ox.attend(q, k, v, method=Treecode(), check=True, backend=backend.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ox.attend(q, k, v, backend=backend.name, check=False).report.audit is None
+        assert ox.attend(q, k, v, backend=backend.name, method=Treecode()).report.audit is None
+
+
+def test_a_good_choice_is_silent(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_treecode(backend, monkeypatch)
+    q, k, v = qkv(10, 600)
+    found = ox.attend(*arrays(backend, q, k[:1].repeat(600, 0), v), backend=backend.name)
+    assert found.report.method == Treecode()
+    assert found.report.audit.worst < 1e-6
+
+
+def test_choice_follows_predicted_cost(backend: Backend) -> None:
+    def chosen(n_q: int, n_k: int) -> ox.Exact | Treecode:
+        q, k, v = (backend.xp.zeros(shape) for shape in ((n_q, 1), (n_k, 1), (n_k, 1)))
+        return choose(prepare(q, k, v, backend=backend.name, check_finite=False))[0]
+
+    assert chosen(1000, 1000) == Exact()
+    assert chosen(1, 10**6) == Exact()
+    assert chosen(10**6, 10**6) == Treecode()
+
+
+def test_predicted_cost_is_rows_times_their_price() -> None:
+    read, split = Cost(2.0, 0.0), Cost(0.0, 3.0)
+    q, k, v = np.ones((3, 512, 8))
+    rows = ox.attend(q, k, v, causal=True, method=SMALL).report.rows
+    assert predicted(512, 512, True, SMALL, read) == pytest.approx(2 * 512 * sum(rows.values()))
+    assert predicted(512, 512, True, Exact(), read) == 512 * 513 / 2
+    assert predicted(300, 200, True, Exact(), read) == 200 * 201 / 2
+    assert predicted(200, 300, True, Exact(), read) == 200 * 300 - 200 * 199 / 2
+    keys = 3 * (480 * 3 + 384 * 5) - 3 * (96 * 3 + 384 * 5 - 128 * 3 * 5)  # tier 1 holds 3 chunks of 128 that are read
+    queries = 3 * (512 * 2 + 512 * 4)
+    assert predicted(512, 512, True, SMALL, split) <= keys + 2 * queries
+
+
+def test_ladder_goes_from_cheap_to_dear() -> None:
+    rungs = [method for method in ladder(10**6) if isinstance(method, Treecode)]
+    costs = [predicted(10**6, 10**6, True, method, Cost(1.0, 1.0)) for method in rungs]
+    assert costs == sorted(costs)
+    assert len({*ladder(10**6)}) == len(ladder(10**6))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "told"),
+    [
+        ({"rows": 0}, "rows must be a whole number of at least 1, got 0"),
+        ({"rows": 2.5}, "rows must be .* got 2.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit(keywords: dict[str, Any], told: str) -> None:
+    q, k, v = np.ones((3, 10, 4))
+    with pytest.raises(ValueError, match=told):
+        ox.audit(q, k, v, method=Exact(), **keywords)
+    with pytest.raises(ValueError, match=told):
+        ox.tune(q, k, v, tol=0.1, **keywords)
+
+
+@pytest.mark.parametrize("tol", [0, 1, -0.1, 1.5, "a", None])
+def test_tol_outside_its_bounds(tol: Any) -> None:
+    q, k, v = np.ones((3, 10, 4))
+    with pytest.raises(ValueError, match="tol must be an error between 0 and 1, both excluded; got"):
+        ox.tune(q, k, v, tol=tol)
+
+
+def test_audit_refuses_what_is_no_method() -> None:
+    q, k, v = np.ones((3, 10, 4))
+    with pytest.raises(TypeError, match="method must be one of"):
+        ox.audit(q, k, v, method="exact")
+    with pytest.raises(TypeError, match="give method or output, not both"):
+        ox.audit(q, k, v, method=Exact(), output=ox.attend(q, k, v, method=SMALL))
+    with pytest.raises(ValueError, match=r"output must have out \(10, 4\), got \(9, 4\)"):
+        ox.audit(q, k, v, output=ox.attend(q[:9], k, v, method=SMALL))
