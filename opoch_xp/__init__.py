@@ -66,7 +66,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The package: `ox.audit` is the function, although importing the module `opoch_xp.audit` would put itself there."""
+    """The package: `ox.audit` is the function, although the import of the module `opoch_xp.audit` would set it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

@@ -128,6 +128,7 @@ def prepare(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a finite number, got {scale!r}")
+    scale = float(scale)
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale must be a finite number, got {scale}")
 

@@ -1,8 +1,8 @@
 """Treecode attention over a forest: which queries meet the trees of which chunks, and how the parts are merged.
 
-Chunks come in tiers of block, block * fan, block * fan**2, ... keys. A position p sees the forest before it, which reads
-like p written in base `fan`: a few chunks of each tier, together covering every complete block before p, and its own
-block exactly.
+Chunks come in tiers of block, block * fan, block * fan**2, ... keys. A position p sees the forest before it, which
+reads like p written in base `fan`: a few chunks of each tier, together covering every complete block before p, and its
+own block exactly.
 """
 
 from collections.abc import Iterator
@@ -60,13 +60,10 @@ def segments(start: int, stop: int, size: int) -> list[Piece]:
 
 
 def tiers(n_q: int, n_k: int, causal: bool, method: Treecode) -> list[Tier]:
-    """The tiers that n_q queries read: causal, the earlier siblings of each query's chunk; otherwise the forest before n_k."""
+    """The tiers n_q queries read: causal, earlier siblings of each query's chunk; otherwise the forest before n_k."""
     found, size, number = [], method.block, 0
     while size <= n_k and n_q:
-        if causal:
-            pieces = segments(max(0, n_k - n_q), n_k, size)
-        else:
-            pieces = [Piece(n_k - n_q, n_k, n_k // size, 1)]
+        pieces = segments(max(0, n_k - n_q), n_k, size) if causal else [Piece(n_k - n_q, n_k, n_k // size, 1)]
         pieces = [piece for piece in pieces if any((piece.chunk + i) % method.fan for i in range(piece.chunks))]
         if pieces:
             last = pieces[-1].chunk + pieces[-1].chunks - 1  # the last chunk is read by no query

@@ -53,13 +53,13 @@ class LSH:
 
 @dataclass(frozen=True)
 class Treecode:
-    """Exact near field and mean far field: a query reads its own block, the cells that matter, and summaries of the rest.
+    """Exact near field, mean far field: a query reads its own block, the cells that matter, and summaries of the rest.
 
     Keys are split into cells of `leaf` keys by hyperplanes at the median of each node's principal axis, in chunks of
     `block`, `block * fan`, `block * fan**2`, ... keys; `branch` cells make a parent, up to at most `top` nodes a chunk.
-    Queries go in groups of `group` that are close in space: a group opens its `open` heaviest nodes a level and reads its
-    `near` heaviest cells key by key; each query then reads its `own` best cells of those left. Every node not opened is
-    one pseudo-key at its mean value, with the log mass of a Gaussian cloud of keys (random-energy model).
+    Queries go in groups of `group` that are close in space: a group opens its `open` heaviest nodes a level and reads
+    its `near` heaviest cells key by key; each query then reads its `own` best cells of those left. Every node not
+    opened is one pseudo-key at its mean value, with the log mass of a Gaussian cloud of keys (random-energy model).
 
     The weights of a query come from its past alone, but which cells it reads may depend on later queries of its chunk,
     since a group shares its lists. `group=1` shares nothing: an output then never changes when later tokens do.
@@ -91,9 +91,7 @@ class Treecode:
         for name in ("near", "own", "iterations", "seed"):
             _whole(name, getattr(self, name), 0)
         if self.block % self.leaf or not _power_of_two(self.block // self.leaf):
-            raise ValueError(
-                f"block / leaf must be a power of two, got block={self.block} and leaf={self.leaf}"
-            )
+            raise ValueError(f"block / leaf must be a power of two, got block={self.block} and leaf={self.leaf}")
         for name in ("fan", "branch"):
             if not _power_of_two(getattr(self, name)):
                 raise ValueError(f"{name} must be a power of two, got {name}={getattr(self, name)}")

@@ -45,7 +45,7 @@ class Lists:
 
 
 def level_nodes(size: int, method: Treecode) -> tuple[int, ...]:
-    """Nodes per level, finest first, of a chunk of `size` keys: cells, then `branch` to a parent, until at most `top`."""
+    """Nodes per level, finest first, of a chunk of `size` keys: cells, then `branch` to a parent, to at most `top`."""
     nodes = [size // method.leaf]
     while nodes[-1] > method.top:
         nodes.append(max(1, nodes[-1] // method.branch))

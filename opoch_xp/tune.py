@@ -48,7 +48,9 @@ def ladder(n_k: int) -> tuple[Method, ...]:
     )
 
 
-def climb(problem: Problem, tol: float, lead: tuple[int, ...], rows: int = ROWS, seed: int = 0) -> tuple[Method, Audit, Solution]:
+def climb(
+    problem: Problem, tol: float, lead: tuple[int, ...], rows: int = ROWS, seed: int = 0
+) -> tuple[Method, Audit, Solution]:
     """The first rung within tol, its audit in full and its solution; Exact() where none is."""
     if not isinstance(tol, int | float) or isinstance(tol, bool) or not 0 < tol < 1:
         raise ValueError(f"tol must be an error between 0 and 1, both excluded; got {tol!r}")
@@ -96,11 +98,11 @@ def tune(
 ) -> tuple[Method, Audit]:
     """The cheapest method whose error stays within tol on this input, or Exact(), and its audit.
 
-    tol in (0, 1) bounds the upper end of the error's 95% interval on the sampled rows of the worst head. Methods are tried
-    in the order of `opoch_xp.tune.ladder`; a Treecode predicted dearer than Exact is passed over; with more than 16,384
-    queries a rung is tried on the last 16,384 first and, if it passes, on all. audit.ladder keeps every rung tried.
+    tol in (0, 1) bounds the upper end of the error's 95% interval on the sampled rows of the worst head. Methods are
+    tried in the order of `opoch_xp.tune.ladder`; a Treecode predicted dearer than Exact is passed over; with more than
+    16,384 queries a rung is tried on the last 16,384 first and, if it passes, on all. audit.ladder keeps every rung.
 
-    Arrays and the other arguments as in `attend`. Cost: the methods tried, each with rows * n_k exact dot products a head.
+    Arrays and the other arguments as in `attend`. Cost: the methods tried, and rows * n_k exact dot products each.
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 300, 8))

@@ -168,6 +168,8 @@ def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
     total = group_count(n, method.group)
     size = n if total == 1 else method.group
     padded = size << splits(n, size)
+    if size == 1:  # nothing is shared: any order will do
+        return xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=here), (tasks, n))
     if padded == n:
         return principal_order(queries, axes, method.iterations, None)
     rest = xp.zeros((tasks, padded - n, dim), dtype=queries.dtype, device=here)
@@ -217,7 +219,7 @@ def _attend(
         piece = slice(start, min(start + step, tasks * total))
         chosen = None if lists is None else Lists(tuple(a[piece, ...] for a in lists.opened), lists.own[piece, ...])
         run = (first[piece], count[piece], widest)
-        parts.append(_attend_groups(grouped[piece, ...], votes[piece, ...], tree, run, method, scale, chosen))
+        parts.append(attend_groups(grouped[piece, ...], votes[piece, ...], tree, run, method, scale, chosen))
     out = xp.concat([part[0] for part in parts], axis=0)
     lse = xp.concat([part[1] for part in parts], axis=0)
     chosen = Lists(
@@ -232,7 +234,7 @@ def _attend(
     return xp.where(spoiled[..., None], xp.nan, out), xp.where(spoiled, xp.nan, lse), chosen
 
 
-def _attend_groups(
+def attend_groups(
     q: Array, votes: Array, tree: Tree, run: tuple[Any, Any, int], method: Treecode, scale: float, lists: Lists | None
 ) -> tuple[Array, Array, Lists]:
     """Steps 1 to 5 for groups q (F, g, d), voting with weight votes (F, g); run: first and count (F,), widest count."""

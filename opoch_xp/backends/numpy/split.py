@@ -12,7 +12,7 @@ PARALLEL = 65536  # rows of a node from which on its halves go to different thre
 
 
 def principal_order(x: np.ndarray, axes: Any, iterations: int, kept: np.ndarray | None) -> np.ndarray:
-    """See opoch_xp.backends.generic.tree.principal_order. An axis is found from SAMPLE evenly spaced rows of its node."""
+    """See opoch_xp.backends.generic.tree.principal_order. An axis is found from SAMPLE evenly spaced rows of a node."""
     tasks, n, _ = x.shape
     axes = np.asarray(axes, dtype=x.dtype)
     order = np.empty((tasks, n), np.int64)
@@ -29,7 +29,12 @@ def principal_order(x: np.ndarray, axes: Any, iterations: int, kept: np.ndarray 
 
 
 def _descend(
-    x: np.ndarray, kept: np.ndarray | None, order: np.ndarray, node: tuple[int, slice], axes: np.ndarray, iterations: int
+    x: np.ndarray,
+    kept: np.ndarray | None,
+    order: np.ndarray,
+    node: tuple[int, slice],
+    axes: np.ndarray,
+    iterations: int,
 ) -> None:
     """All levels of one node: halved until its rows fit in cache, then level by level over all its nodes at once."""
     task, span = node
@@ -56,7 +61,12 @@ def _descend(
 
 
 def _halve(
-    x: np.ndarray, kept: np.ndarray | None, order: np.ndarray, node: tuple[int, slice], axis: np.ndarray, iterations: int
+    x: np.ndarray,
+    kept: np.ndarray | None,
+    order: np.ndarray,
+    node: tuple[int, slice],
+    axis: np.ndarray,
+    iterations: int,
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
     """Reorder the rows of one node so that its lower half by projection comes first; its two halves."""
     task, span = node

@@ -60,7 +60,9 @@ class _OneBlasThread:
     """Holds BLAS to one thread while any call is inside: the limit is the whole process's, so calls are counted."""
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.controller, self.limit = Lock(), 0, None, None
+        self.lock, self.inside = Lock(), 0
+        self.controller: Any = None
+        self.limit: Any = None
 
     def __enter__(self) -> None:
         with self.lock:
@@ -77,7 +79,7 @@ class _OneBlasThread:
                 self.limit = None
 
 
-_one_blas_thread: Any = _OneBlasThread()
+_one_blas_thread = _OneBlasThread()
 
 
 def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:

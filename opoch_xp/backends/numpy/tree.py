@@ -8,6 +8,7 @@ other; exponential 8; row maxima 6 (taken once, at the top level: later levels r
 cells of each query by sorting and comparing with a threshold 27, by argpartition 79.
 """
 
+from itertools import pairwise
 from math import prod
 from threading import local
 from typing import Any
@@ -54,7 +55,7 @@ def build_tree(
             cells[c, part, dim:] = v[c].take(index, axis=0)
             split = cells[c, part].reshape(-1, method.leaf, cells.shape[2])
             _summarise(split[..., :dim], None, split[..., dim:], summaries[0][c, s // method.leaf :])
-        for finer, coarser in zip(summaries, summaries[1:], strict=False):
+        for finer, coarser in pairwise(summaries):
             below = finer[c].reshape(coarser.shape[1], -1, finer.shape[2])
             _summarise(below[..., :dim], below[..., dim : 2 * dim], below[..., 2 * dim :], coarser[c])
 
@@ -113,7 +114,8 @@ def tree_attention(
             if lists is not None:
                 place = t * total + number
                 given = Lists(tuple(a[place] for a in lists.opened), lists.own[place])
-            out[t, rows], lse[t, rows] = kernel(queries[t].take(rows, axis=0), votes, int(first[t]), int(count[t]), given)
+            chunks = int(first[t]), int(count[t])
+            out[t, rows], lse[t, rows] = kernel(queries[t].take(rows, axis=0), votes, *chunks, given)
 
     run(work, [(t, start) for t in range(tasks) if count[t] for start in range(0, total, GROUPS)])
     if finite is not None:
@@ -125,6 +127,8 @@ def _query_groups(queries: np.ndarray, axes: Any, method: Treecode, size: int, t
     """See opoch_xp.backends.generic.tree.query_groups."""
     tasks, n, dim = queries.shape
     padded = size << splits(n, size)
+    if size == 1:  # nothing is shared: any order will do
+        return np.broadcast_to(np.arange(n), (tasks, n))
     if padded == n:
         return principal_order(queries, axes, method.iterations, None)
     rows = np.zeros((tasks, padded, dim), queries.dtype)
@@ -134,7 +138,7 @@ def _query_groups(queries: np.ndarray, axes: Any, method: Treecode, size: int, t
 
 
 class _Group:
-    """Steps 1 to 5 for one group of queries: a function with the tree's flat arrays and each thread's scratch at hand."""
+    """Steps 1 to 5 for one group of queries: a function with the tree's flat arrays and each thread's scratch."""
 
     def __init__(self, tree: Tree, method: Treecode, scale: float) -> None:
         self.tree, self.method, self.scale = tree, method, scale
@@ -178,7 +182,8 @@ class _Group:
         candidates = np.arange(len(rows))
         total = np.zeros(len(q), q.dtype)
         out = np.zeros((len(q), tree.cells.shape[2] - dim), q.dtype)
-        reference = largest = None
+        reference: Any = None
+        largest: Any = None
         for level in range(depth, -1, -1):
             mass = self.log_mass(level, rows, turned, square, candidates + first * self.nodes[level])  # (m, g)
             if reference is None:
@@ -194,7 +199,8 @@ class _Group:
                 pick = (candidates == lists.opened[depth - level][:, None]).argmax(1)
             else:
                 share = weight @ vote
-                pick = np.argpartition(share, len(share) - width)[len(share) - width :] if width < len(share) else slice(None)
+                rest = len(share) - width
+                pick = np.argpartition(share, rest)[rest:] if rest else np.arange(width)
             opened = candidates[pick]
             weight[pick] = 0
             if level:
@@ -217,9 +223,13 @@ class _Group:
         total += self.sum(logits)
         out += logits.T @ near[:, dim:]
         weight[pick] = -1  # not to be read twice
-        best = None if lists is None else (candidates == lists.own[..., None]).argmax(-1)
-        left = len(candidates) - len(opened)
-        self.own(weight, left, candidates + first * self.nodes[0], scaled, reference, total, out, best)
+        own = min(self.method.own, len(candidates) - len(opened))
+        if own:
+            if lists is None:
+                best = _largest(np.ascontiguousarray(weight.T), own)
+            else:
+                best = (candidates == lists.own[..., None]).argmax(-1)
+            self.own(weight, best, candidates + first * self.nodes[0], scaled, reference, total, out)
         weight[pick] = 0
         total += self.sum(weight)
         out += weight.T @ rows[:, 2 * dim :]
@@ -254,16 +264,11 @@ class _Group:
         return mass
 
     def own(
-        self, weight: np.ndarray, left: int, cell: np.ndarray, scaled: np.ndarray, reference: np.ndarray,
-        total: np.ndarray, out: np.ndarray, best: np.ndarray | None,
+        self, weight: np.ndarray, best: np.ndarray, cell: np.ndarray, scaled: np.ndarray, reference: np.ndarray,
+        total: np.ndarray, out: np.ndarray,
     ) -> None:  # fmt: skip
-        """Near field of each query of its own: its best cells by weight (m, g), read key by key into total and out."""
-        own, dim, leaf = min(self.method.own, left), self.tree.dim, self.tree.leaf
-        if own == 0:
-            return
-        group = len(scaled)
-        if best is None:
-            best = _largest(np.ascontiguousarray(weight.T), own)
+        """Near field of each query of its own: its `best` cells (g, own), read key by key into total and out."""
+        group, own, dim, leaf = *best.shape, self.tree.dim, self.tree.leaf
         place = best * group + np.arange(group)[:, None]
         flat = weight.reshape(-1)
         flat[place] = 0
@@ -287,7 +292,7 @@ class _Group:
         run_of = (np.array([first]), np.array([count]), count)
         vote = np.ones(len(q), q.dtype) if votes is None else votes.astype(q.dtype)
         given = None if lists is None else Lists(tuple(a[None] for a in lists.opened), lists.own[None])
-        out, lse, _ = generic._attend_groups(q[None], vote[None], self.tree, run_of, self.method, self.scale, given)
+        out, lse, _ = generic.attend_groups(q[None], vote[None], self.tree, run_of, self.method, self.scale, given)
         return out[0], lse[0]
 
 

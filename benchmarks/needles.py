@@ -1,0 +1,32 @@
+"""Needles: every query looks up one unrelated key among keys without structure: who finds it, and what tune does."""
+
+from common import Table, audited, timed_attend, torch_exact
+
+import opoch_xp as ox
+from opoch_xp import workloads
+from opoch_xp.tune import ladder
+
+N = 65_536
+TOL = 0.1
+
+
+def main() -> None:
+    q, k, v = workloads.make("needles", N)
+    yardstick = torch_exact(q, k, v, True, repeats=3)
+    title = f"Needles, {N:,} tokens causal, cosine .9; PyTorch exact {yardstick}"
+    table = Table("needles", title, ["method", "time (s)", "error", "p99", "missed mass", "pairs"])
+    more = (ox.LSH(bits=16, tables=8), ox.LSH(bits=8, tables=64))
+    for method in (ox.Exact(), *ladder(N), *more):
+        seconds, result = timed_attend((q, k, v), True, method, 1)
+        found = audited(q, k, v, True, result)
+        table.add(method, seconds, float(found.error[0]), found.per_query.p99, found.missed, result.report.pairs)
+    for tol in (0.05, TOL, 0.3):
+        method, found = ox.tune(q, k, v, causal=True, tol=tol)
+        walked = "; ".join(f"{rung.method} {rung.error:.3g}" for rung in found.ladder)
+        table.add(f"tune(tol={tol}) returns {method}, after {walked}", found.seconds, float(found.error[0]),
+                  found.per_query.p99, found.missed, "")  # fmt: skip
+    table.save()
+
+
+if __name__ == "__main__":
+    main()
