@@ -1,5 +1,6 @@
 """The call: attention and attend check the arguments, choose a method, and run one kernel after another."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,14 @@ def _result(
     return Attention(*restore(q, v, solution.out, solution.lse, problem.xp), report)
 
 
+def _frames_to_caller() -> int:
+    """The stacklevel at which a warning of the calling function names the line that called this module."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> "Audit":
     from opoch_xp.audit import audit_solution
 
@@ -183,7 +192,7 @@ def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> 
             f"{method!r} errs by {audit.error.max():.1%} (95% interval up to {audit.worst:.1%}) on {audit.rows} sampled"
             " rows of the worst head; give tol= to have a method chosen by its error, method=Exact(), or check=False",
             ApproximationWarning,
-            stacklevel=4,
+            stacklevel=_frames_to_caller(),
         )
     return audit
 

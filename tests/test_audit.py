@@ -17,6 +17,7 @@ from opoch_xp.attention import choose
 from opoch_xp.cost import Cost, predicted
 from opoch_xp.tune import ladder
 
+pytestmark = pytest.mark.dynamic_shapes  # of the ladder's LSH
 SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=6, near=3, own=2)
 FULL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=MANY, near=MANY, own=MANY)
 
@@ -185,7 +186,7 @@ def test_a_bad_choice_warns_and_names_the_figure_and_the_cure(
     assert found.report.reason.startswith("chosen by predicted cost")
     with pytest.warns(ox.ApproximationWarning) as seen:
         ox.attention(q, k, v, backend=backend.name)
-    assert seen[0].filename == __file__
+    assert seen[0].filename == __file__, "the warning names the caller's line, also through attention"
     with pytest.warns(ox.ApproximationWarning):
         ox.attend(q, k, v, method=Treecode(), check=True, backend=backend.name)
     with warnings.catch_warnings():
