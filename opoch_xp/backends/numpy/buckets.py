@@ -7,7 +7,7 @@ zeros. A pair that already met in an earlier table is found by comparing codes. 
 maximum is kept. Tables follow one another; the tasks of a table touch different queries and are cut by the data alone,
 so that the result does not depend on the number of threads.
 
-Measured, one core, float32, d = 64: 1,000,000 random unit queries and keys, 16 bits x 8 tables, 241 keys read per query:
+Measured, one core, float32, d = 64: 1,000,000 random unit queries and keys, 16 bits x 8 tables, 241 keys read a query:
 12 s, a third of it gathers. 262,144 in 64 clusters, 12 bits x 8 tables, 808 keys per query: 4.0 s.
 
 Letters, for one head of keys with its R heads of queries: n_k keys, N = R * n_q queries, d and dv widths, T tiles of a
