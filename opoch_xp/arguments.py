@@ -122,6 +122,8 @@ def prepare(
     xp = namespace_of(q=q, k=k, v=v)
     _check_kind(q=q, k=k, v=v)
     _check_shapes(q, k, v)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
     kernels = kernels_for(xp, backend)
     if key_mask is not None:
         _check_mask(xp, key_mask, k)

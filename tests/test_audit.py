@@ -221,9 +221,9 @@ def test_predicted_cost_is_rows_times_their_price() -> None:
     assert predicted(512, 512, True, Exact(), read) == 512 * 513 / 2
     assert predicted(300, 200, True, Exact(), read) == 200 * 201 / 2
     assert predicted(200, 300, True, Exact(), read) == 200 * 300 - 200 * 199 / 2
-    keys = 3 * (480 * 3 + 384 * 5) - 3 * (96 * 3 + 384 * 5 - 128 * 3 * 5)  # tier 1 holds 3 chunks of 128 that are read
-    queries = 3 * (512 * 2 + 512 * 4)
-    assert predicted(512, 512, True, SMALL, split) <= keys + 2 * queries
+    keys = 480 * 3 + 384 * 5  # rows times levels of splits: 15 chunks of 32 and 3 of 128 are read, the last by no query
+    queries = 512 * 2 + 512 * 4
+    assert predicted(512, 512, True, SMALL, split) == 3 * (keys + queries)
 
 
 def test_ladder_goes_from_cheap_to_dear() -> None:

@@ -1,0 +1,161 @@
+"""The registry: entry points held in memory, so that every way a plugin can be wrong is tried."""
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import opoch_xp as ox
+from opoch_xp.backends import KERNELS, kernels_for, library
+
+registry = import_module("opoch_xp.backends")
+generic = import_module("opoch_xp.backends.generic")
+ABACUS = ModuleType("abacus")  # the namespace of an array library
+Install = Callable[..., None]
+
+
+def clear() -> None:
+    for cached in (registry._found, registry._kernels, registry.kernels_for):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Replaces the installed plugins by name=value pairs and the modules given, for one test."""
+
+    def replace(*points: tuple[str, str], **modules: ModuleType) -> None:
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        found = [EntryPoint(name, value, registry.GROUP) for name, value in points]
+        monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
+        clear()
+
+    yield replace
+    monkeypatch.undo()
+    clear()
+
+
+def module(name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(members)
+    return made
+
+
+def test_a_plugins_own_kernels_come_first_and_gaps_are_filled(install: Install) -> None:
+    def exact_attention() -> None: ...
+
+    install(("abacus", "abacus_plugin"), abacus_plugin=module("abacus_plugin", exact_attention=exact_attention))
+    kernels = kernels_for(ABACUS)
+    assert kernels.exact_attention is exact_attention
+    assert kernels.native == ("exact_attention",)
+    for kernel in (*KERNELS, "COST"):
+        assert kernel == "exact_attention" or getattr(kernels, kernel) is getattr(generic, kernel)
+
+
+def test_dispatch_is_one_cached_lookup(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(("abacus", "abacus_plugin"), abacus_plugin=module("abacus_plugin"))
+    first = kernels_for(ABACUS)
+    monkeypatch.setattr(registry, "_found", lambda: pytest.fail("the entry points are read once"))
+    assert kernels_for(ABACUS) is first
+
+
+def test_a_library_without_a_plugin_gets_the_generic_kernels(install: Install) -> None:
+    install()
+    kernels = kernels_for(ABACUS)
+    assert all(getattr(kernels, kernel) is getattr(generic, kernel) for kernel in KERNELS)
+    with pytest.raises(
+        ValueError, match="no backend 'abacus' is installed; backend=None or 'generic' uses the generic"
+    ):
+        kernels_for(ABACUS, "abacus")
+
+
+def test_generic_by_name_is_generic_whatever_is_installed(install: Install) -> None:
+    install(("abacus", "abacus_plugin"), abacus_plugin=module("abacus_plugin", exact_attention=len))
+    assert kernels_for(ABACUS, "generic").exact_attention is generic.exact_attention
+    assert kernels_for(ABACUS, "abacus").exact_attention is len
+
+
+def test_an_unknown_name_lists_what_is_known(install: Install) -> None:
+    install(("abacus", "abacus_plugin"), ("quipu", "quipu_plugin"))
+    with pytest.raises(ValueError, match="backend must be one of abacus, generic, quipu; got 'slide_rule'"):
+        kernels_for(ABACUS, "slide_rule")
+    with pytest.raises(ValueError, match="backend 'quipu' takes quipu arrays, got abacus arrays"):
+        kernels_for(ABACUS, "quipu")
+
+
+@pytest.mark.parametrize("name", [3, ["numpy"], True])
+def test_a_name_that_is_no_name(name: Any) -> None:
+    q, k, v = np.ones((3, 4, 2))
+    with pytest.raises(TypeError, match="backend must be the name of a backend or None, got"):
+        ox.attend(q, k, v, backend=name)
+
+
+def test_two_plugins_of_one_name_are_an_error_on_use(install: Install) -> None:
+    install(("abacus", "one"), ("abacus", "two"), one=module("one"), two=module("two"))
+    with pytest.raises(
+        RuntimeError, match="'abacus' is defined by more than one plugin: one, two; uninstall all but one"
+    ):
+        kernels_for(ABACUS)
+    assert kernels_for(ABACUS, "generic").exact_attention is generic.exact_attention
+    listed = {backend.name: backend for backend in ox.backends()}
+    assert not listed["abacus"].available
+    assert "more than one plugin" in listed["abacus"].reason
+
+
+def test_one_plugin_found_twice_is_one_plugin(install: Install) -> None:
+    install(("abacus", "one"), ("abacus", "one"), one=module("one", exact_attention=len))
+    assert kernels_for(ABACUS).exact_attention is len
+
+
+def test_a_broken_plugin_raises_its_own_error_on_use_alone(install: Install) -> None:
+    install(("abacus", "no_such_module_anywhere"))
+    assert kernels_for(ModuleType("quipu")).native  # others are not touched
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
+            kernels_for(ABACUS)
+    listed = {backend.name: backend for backend in ox.backends()}
+    assert listed["abacus"].reason.startswith("ModuleNotFoundError: No module named 'no_such_module_anywhere'")
+    assert not listed["abacus"].available
+    assert listed["generic"].available
+
+
+def test_the_listing_says_what_is_own_and_what_is_filled(install: Install) -> None:
+    plugin = module("plugin", exact_attention=len, unavailable=lambda: "no beads")
+    install(("abacus", "plugin"), plugin=plugin)
+    abacus, twin = ox.backends()
+    assert (abacus.name, abacus.source, abacus.available, abacus.reason) == ("abacus", "plugin", False, "no beads")
+    assert abacus.native == ("exact_attention",)
+    assert {*abacus.native, *abacus.generic} == {*KERNELS}
+    assert (twin.name, twin.available, twin.native, twin.generic) == ("generic", True, KERNELS, ())
+
+
+def test_library_names() -> None:
+    for name, expected in {
+        "numpy": "numpy",
+        "array_api_compat.torch": "torch",
+        "jax.numpy": "jax",
+        "array_api_strict": "array_api_strict",
+    }.items():
+        assert library(ModuleType(name)) == expected
+
+
+def test_our_own_plugin_comes_in_through_its_entry_point() -> None:
+    listed = {backend.name: backend for backend in ox.backends()}
+    assert listed["numpy"].available
+    assert listed["numpy"].source.startswith("opoch_xp.backends.numpy")
+    assert listed["numpy"].version == ox.__version__
+    assert {"exact_attention", "build_tree", "tree_attention"} <= {*listed["numpy"].native}
+
+
+def test_public_names_are_functions_whatever_was_imported() -> None:
+    for name in ("attention", "audit", "backends", "explain", "tune"):
+        import_module(f"opoch_xp.{name}")
+        assert callable(getattr(ox, name))
+    assert set(ox.__all__) <= set(dir(ox))
+    with pytest.raises(AttributeError, match="no attribute 'atention'"):
+        _ = ox.atention
