@@ -62,7 +62,7 @@ class Audit:
 def host_array(array: Array) -> np.ndarray:
     """The array's figures on the host, float64."""
     if hasattr(array, "detach"):
-        array = array.detach().cpu()
+        array = array.detach().cpu().numpy()
     return np.asarray(array.get() if hasattr(array, "get") else array, dtype=np.float64)
 
 

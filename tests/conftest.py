@@ -33,7 +33,10 @@ class Backend:
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of one of the backend's arrays."""
-        return np.array(array.detach().cpu() if hasattr(array, "detach") else array)
+        if hasattr(array, "detach"):
+            array = array.detach().cpu()
+            array = (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
+        return np.array(array)
 
     def has(self, dtype: str) -> bool:
         return hasattr(self.xp, dtype)

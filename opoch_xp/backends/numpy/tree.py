@@ -1,10 +1,12 @@
-"""The treecode's two kernels in NumPy: one group of queries at a time, its working set in the L2 cache.
+"""The treecode's two kernels in NumPy: BATCH groups of queries at a time, threads over batches.
 
 A group costs two products a level (means, variances), a gather of the opened nodes' children, one exponential, and one
-product with all the values at the end. Arrays are (nodes, queries): the queries of a group are the contiguous axis.
+product with the values. Arrays are (groups, nodes, queries): the queries of a group are the contiguous axis. A batch
+makes every call long enough (50 us) that handing the interpreter's lock from thread to thread does not show, and its
+arrays still stay in the L3 cache: with one group a call, two threads were slower than one.
 
 What was tried, 64 queries against 256 nodes, d = 64, float32, one core (us): products 25 each this way round, 30 the
-other; exponential 8; row maxima 6 (taken once, at the top level: later levels reuse it as the reference); the best 8
+other; exponential 10; row maxima 6 (taken once, at the top level: later levels reuse it as the reference); the best 8
 cells of each query by sorting and comparing with a threshold 27, by argpartition 79.
 """
 
@@ -22,8 +24,8 @@ from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
 
 CACHED = 4096  # keys summarised at a time
-GROUPS = 16  # groups a thread takes at a time
-OWN_ROWS = 16  # queries whose own cells are gathered at a time: 512 kB with the defaults
+BATCH = 8  # groups attended at a time: 6 MB of scratch a thread with the defaults
+OWN_ROWS = 64  # queries whose own cells are gathered at a time: 2 MB with the defaults
 LOW, HIGH = 1e-20, 1e30  # sums of weights outside, relative to the top level's, are done again with a maximum
 
 
@@ -102,25 +104,34 @@ def tree_attention(
     size = n if total == 1 else method.group
     if groups is None:
         groups = _query_groups(queries, axes, method, size, total)
-    kernel = _Group(tree, method, scale)
+    kernel = _Groups(tree, method, scale)
 
-    def work(task: tuple[int, int]) -> None:
-        t, start = task
-        for number in range(start, min(start + GROUPS, total)):
-            rows = groups[t, number * size : (number + 1) * size]
-            rows = rows[rows < n] if number == total - 1 else rows
-            votes = None if finite is None else finite[t].take(rows)
-            given = None
-            if lists is not None:
-                place = t * total + number
-                given = Lists(tuple(a[place] for a in lists.opened), lists.own[place])
-            chunks = int(first[t]), int(count[t])
-            out[t, rows], lse[t, rows] = kernel(queries[t].take(rows, axis=0), votes, *chunks, given)
+    def work(batch: tuple[np.ndarray, np.ndarray, int]) -> None:
+        task, number, rows = batch  # (G,), (G,), rows of each group
+        index = groups[task[:, None], number[:, None] * size + np.arange(rows)]  # (G, g)
+        votes = None if finite is None else finite[task[:, None], index]
+        given = None
+        if lists is not None:
+            place = task * total + number
+            given = Lists(tuple(a[place] for a in lists.opened), lists.own[place, :rows])
+        found = kernel(queries[task[:, None], index], votes, first[task], int(count[task[0]]), given)
+        out[task[:, None], index], lse[task[:, None], index] = found
 
-    run(work, [(t, start) for t in range(tasks) if count[t] for start in range(0, total, GROUPS)])
+    run(work, _batches(np.asarray(count), n, size, total))
     if finite is not None:
         out[~finite], lse[~finite] = np.nan, np.nan
     return out, lse
+
+
+def _batches(count: np.ndarray, n: int, size: int, total: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Groups of as many rows that read as many chunks, BATCH at a time: (tasks, numbers of groups, rows of each)."""
+    full, batches = n // size, []
+    for chunks in np.unique(count[count > 0]):
+        tasks = np.flatnonzero(count == chunks)
+        for numbers, rows in ((np.arange(full), size), (np.arange(full, total), n - full * size)):
+            task, number = np.repeat(tasks, len(numbers)), np.tile(numbers, len(tasks))
+            batches += [(task[s : s + BATCH], number[s : s + BATCH], rows) for s in range(0, len(task), BATCH)]
+    return batches
 
 
 def _query_groups(queries: np.ndarray, axes: Any, method: Treecode, size: int, total: int) -> np.ndarray:
@@ -137,17 +148,21 @@ def _query_groups(queries: np.ndarray, axes: Any, method: Treecode, size: int, t
     return principal_order(rows, axes, method.iterations, kept)[:, : total * size]
 
 
-class _Group:
-    """Steps 1 to 5 for one group of queries: a function with the tree's flat arrays and each thread's scratch."""
+class _Groups:
+    """Steps 1 to 5 for a batch of groups: a function with the tree's flat arrays and each thread's scratch at hand.
+
+    Letters: G groups, g queries of each, m candidate nodes, d and e the widths of keys and values.
+    """
 
     def __init__(self, tree: Tree, method: Treecode, scale: float) -> None:
         self.tree, self.method, self.scale = tree, method, scale
-        self.nodes = [a.shape[1] for a in tree.summaries]
+        self.nodes = [a.shape[1] for a in tree.summaries] + [
+            1
+        ]  # per chunk; the chunk itself is the last level's parent
         # children of one parent are one row of `families`: one gather fetches them all
-        self.summaries = [a.reshape(-1, a.shape[2]) for a in tree.summaries]
+        self.children = [fine // coarse for fine, coarse in pairwise(self.nodes)]
         self.families = [
-            a.reshape(-1, self.nodes[level] // above * a.shape[2])
-            for level, (a, above) in enumerate(zip(tree.summaries, self.nodes[1:], strict=False))
+            a.reshape(-1, children * a.shape[2]) for a, children in zip(tree.summaries, self.children, strict=True)
         ]
         self.cells = tree.cells.reshape(-1, tree.leaf * tree.cells.shape[2])
         self.kept = None if tree.kept is None else tree.kept.reshape(-1, tree.leaf)
@@ -155,99 +170,91 @@ class _Group:
         self.scratch = local()
 
     def buffer(self, name: str, *shape: int) -> np.ndarray:
-        """Uninitialised memory of this thread, kept from group to group."""
+        """Uninitialised memory of this thread, kept from batch to batch."""
         held, size = self.scratch.__dict__, prod(shape)
         if name not in held or held[name].size < size:
             held[name] = np.empty(size, self.cells.dtype)
         return held[name][:size].reshape(shape)
 
-    def sum(self, weight: np.ndarray) -> np.ndarray:
-        """Sum over nodes of weight (m, g): as a product, which is faster than a reduction."""
-        ones = self.scratch.__dict__.get("ones")
-        if ones is None or len(ones) < len(weight):
-            ones = self.scratch.ones = np.ones(len(weight), weight.dtype)
-        return ones[: len(weight)] @ weight
+    def gather(self, name: str, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """rows[index] for index (G, k), as (G, k * rows of each, width)."""
+        taken = self.buffer(name, index.size, rows.shape[1])
+        rows.take(index.reshape(-1), axis=0, mode="clip", out=taken)
+        return taken.reshape(len(index), index.shape[1], -1)
 
     def __call__(
-        self, q: np.ndarray, votes: np.ndarray | None, first: int, count: int, lists: Lists | None
+        self, q: np.ndarray, votes: np.ndarray | None, first: np.ndarray, count: int, lists: Lists | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Queries q (g, d) against chunks [first, first + count): out (g, d_v), lse (g,)."""
-        tree, dim, leaf = self.tree, self.tree.dim, self.tree.leaf
+        """Queries q (G, g, d) against the chunks [first, first + count): out (G, g, e), lse (G, g)."""
+        dim, which = self.tree.dim, np.arange(len(q))[:, None]
         scaled = q * q.dtype.type(self.scale)
-        turned = np.ascontiguousarray(scaled.T)  # (d, g)
+        turned = np.ascontiguousarray(scaled.transpose(0, 2, 1))  # (G, d, g)
         square = turned * turned
         square *= q.dtype.type(0.5)
-        depth = len(self.nodes) - 1
-        rows = self.summaries[depth][first * self.nodes[depth] : (first + count) * self.nodes[depth]]
-        candidates = np.arange(len(rows))
-        total = np.zeros(len(q), q.dtype)
-        out = np.zeros((len(q), tree.cells.shape[2] - dim), q.dtype)
+        total = np.zeros((len(q), 1, q.shape[1]), q.dtype)
+        out = np.zeros((*q.shape[:2], self.tree.cells.shape[2] - dim), q.dtype)
+        opened = np.broadcast_to(np.arange(count), (len(q), count))  # numbered from the run's first chunk
         reference: Any = None
         largest: Any = None
-        for level in range(depth, -1, -1):
-            mass = self.log_mass(level, rows, turned, square, candidates + first * self.nodes[level])  # (m, g)
+        for level in range(len(self.families) - 1, -1, -1):
+            base = first[:, None] * self.nodes[level + 1]
+            rows = self.gather("family", self.families[level], opened + base)
+            children = self.children[level]
+            rows = rows.reshape(len(q), opened.shape[1] * children, -1)  # (G, m, 2 * d + e)
+            candidates = (opened[:, :, None] * children + np.arange(children)).reshape(len(q), -1)
+            mass = self.log_mass(level, rows, turned, square, candidates + first[:, None] * self.nodes[level])
             if reference is None:
-                reference = mass.max(0)
+                reference = mass.max(1, keepdims=True)  # (G, 1, g)
                 reference[reference == -np.inf] = 0
             mass -= reference
             weight = np.exp(mass, out=mass)
             level_sum = self.sum(weight)
             largest = level_sum if largest is None else np.maximum(largest, level_sum)
-            vote = 1 / largest if votes is None else votes / largest
-            width = min(self.method.open if level else self.method.near, len(candidates))
-            if lists is not None:
-                pick = (candidates == lists.opened[depth - level][:, None]).argmax(1)
+            if lists is None:
+                vote = 1 / largest if votes is None else votes[:, None] / largest
+                pick = _heaviest(
+                    (weight @ vote.transpose(0, 2, 1))[..., 0], self.method.open if level else self.method.near
+                )
             else:
-                share = weight @ vote
-                rest = len(share) - width
-                pick = np.argpartition(share, rest)[rest:] if rest else np.arange(width)
-            opened = candidates[pick]
-            weight[pick] = 0
+                pick = _places(candidates, lists.opened[len(self.families) - 1 - level])
+            opened = candidates[which, pick]
+            weight[which, pick] = 0  # what is left is the far field: unopened nodes as pseudo-keys
             if level:
                 total += self.sum(weight)
-                out += weight.T @ rows[:, 2 * dim :]
-                children = self.nodes[level - 1] // self.nodes[level]
-                below = self.families[level - 1]
-                family = self.buffer("family", len(opened), below.shape[1])
-                below.take(opened + first * self.nodes[level], axis=0, mode="clip", out=family)
-                rows = family.reshape(len(opened) * children, -1)
-                candidates = (opened[:, None] * children + np.arange(children)).reshape(-1)
-        cell = opened + first * self.nodes[0]
-        near = self.buffer("near", len(cell), self.cells.shape[1])
-        near = self.cells.take(cell, axis=0, mode="clip", out=near).reshape(len(cell) * leaf, -1)
-        logits = np.matmul(near[:, :dim], turned, out=self.buffer("logits", len(near), len(q)))
-        logits -= reference
-        np.exp(logits, out=logits)
-        if self.kept is not None:
-            logits *= self.kept[cell].reshape(-1, 1)
-        total += self.sum(logits)
-        out += logits.T @ near[:, dim:]
-        weight[pick] = -1  # not to be read twice
-        own = min(self.method.own, len(candidates) - len(opened))
+                out += weight.transpose(0, 2, 1) @ rows[..., 2 * dim :]
+        self.near(opened + first[:, None] * self.nodes[0], turned, reference, total, out)
+        own = min(self.method.own, candidates.shape[1] - opened.shape[1])
         if own:
-            if lists is None:
-                best = _largest(np.ascontiguousarray(weight.T), own)
-            else:
-                best = (candidates == lists.own[..., None]).argmax(-1)
-            self.own(weight, best, candidates + first * self.nodes[0], scaled, reference, total, out)
-        weight[pick] = 0
+            weight[which, pick] = -1  # not to be read twice
+            best = _largest(weight, own) if lists is None else _places(candidates[:, None], lists.own)
+            self.own(weight, best, candidates + first[:, None] * self.nodes[0], scaled, reference, total, out)
+            weight[which, pick] = 0
         total += self.sum(weight)
-        out += weight.T @ rows[:, 2 * dim :]
-        if not (total.min() > LOW and total.max() < HIGH):
-            return self.again(q, votes, first, count, lists)
-        out /= total[:, None]
-        return out, np.log(total) + reference
+        out += weight.transpose(0, 2, 1) @ rows[..., 2 * dim :]
+        with np.errstate(all="ignore"):
+            out /= total.transpose(0, 2, 1)
+            lse = (np.log(total) + reference)[:, 0]
+        for group in np.flatnonzero(~((total > LOW) & (total < HIGH)).all((1, 2))).tolist():
+            out[group], lse[group] = self.again(group, q, votes, first, count, lists)
+        return out, lse
+
+    def sum(self, weight: np.ndarray) -> np.ndarray:
+        """Sum over nodes of weight (G, m, g), (G, 1, g): as a product, which is faster than a reduction."""
+        ones = self.scratch.__dict__.get("ones")
+        if ones is None or ones.shape[1] < weight.shape[1]:
+            ones = self.scratch.ones = np.ones((1, weight.shape[1]), weight.dtype)
+        return ones[:, : weight.shape[1]] @ weight
 
     def log_mass(
         self, level: int, rows: np.ndarray, turned: np.ndarray, square: np.ndarray, node: np.ndarray
     ) -> np.ndarray:
-        """Log mass (m, g) of the nodes whose summaries are `rows`; see generic.log_mass."""
-        dim, shape = self.tree.dim, (len(rows), turned.shape[1])
-        mass = np.matmul(rows[:, :dim], turned, out=self.buffer("mass", *shape))
-        half = np.matmul(rows[:, dim : 2 * dim], square, out=self.buffer("half", *shape))  # sigma^2 / 2
+        """Log mass (G, m, g) of the nodes whose summaries are `rows` (G, m, 2 * d + e); see generic.log_mass."""
+        dim, shape = self.tree.dim, (*rows.shape[:2], turned.shape[2])
+        mass = np.matmul(rows[..., :dim], turned, out=self.buffer("mass", *shape))
+        half = np.matmul(rows[..., dim : 2 * dim], square, out=self.buffer("half", *shape))  # sigma^2 / 2
         if self.counts is not None:
             half *= 2
-            return generic.log_mass(mass, half, self.counts[level][node][:, None])
+            return generic.log_mass(mass, half, self.counts[level][node][..., None])
         log = float(np.log(self.tree.sizes[level]))
         if not half.max(initial=0) <= log:  # some nodes are frozen: energy sqrt(4 log half), not log + half
             limit = self.buffer("limit", *shape)
@@ -263,44 +270,75 @@ class _Group:
             mass += mass.dtype.type(log)
         return mass
 
+    def near(
+        self, cell: np.ndarray, turned: np.ndarray, reference: np.ndarray, total: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Near field of the groups: cells (G, near), read key by key into total and out."""
+        dim = self.tree.dim
+        keys = self.gather("near", self.cells, cell).reshape(len(cell), cell.shape[1] * self.tree.leaf, -1)
+        logits = np.matmul(keys[..., :dim], turned, out=self.buffer("mass near", *keys.shape[:2], turned.shape[2]))
+        logits -= reference
+        np.exp(logits, out=logits)
+        if self.kept is not None:
+            logits *= self.kept[cell].reshape(len(cell), -1, 1)
+        total += self.sum(logits)
+        out += logits.transpose(0, 2, 1) @ keys[..., dim:]
+
     def own(
         self, weight: np.ndarray, best: np.ndarray, cell: np.ndarray, scaled: np.ndarray, reference: np.ndarray,
         total: np.ndarray, out: np.ndarray,
     ) -> None:  # fmt: skip
-        """Near field of each query of its own: its `best` cells (g, own), read key by key into total and out."""
-        group, own, dim, leaf = *best.shape, self.tree.dim, self.tree.leaf
-        place = best * group + np.arange(group)[:, None]
-        flat = weight.reshape(-1)
-        flat[place] = 0
-        for s in range(0, group, OWN_ROWS):
-            part = slice(s, min(s + OWN_ROWS, group))
-            index = cell[best[part]].reshape(-1)
-            keys = self.buffer("own", len(index), self.cells.shape[1])
-            keys = self.cells.take(index, axis=0, mode="clip", out=keys).reshape(part.stop - s, own * leaf, -1)
-            logits = (keys[..., :dim] @ scaled[part, :, None])[..., 0]
-            logits -= reference[part, None]
+        """Near field of each query of its own: its `best` cells (G, g, own), read key by key into total and out."""
+        groups, queries, own = best.shape
+        dim, leaf = self.tree.dim, self.tree.leaf
+        which = np.arange(groups)[:, None, None]
+        weight[which, best, np.arange(queries)[:, None]] = 0
+        index = cell[which, best].reshape(-1, own)  # (G * g, own)
+        flat, reference = scaled.reshape(len(index), dim), np.broadcast_to(reference, total.shape).reshape(-1, 1)
+        total, out = total.reshape(-1), out.reshape(len(index), -1)  # views
+        for s in range(0, len(index), OWN_ROWS):
+            part = slice(s, s + OWN_ROWS)
+            keys = self.gather("own", self.cells, index[part])
+            keys = keys.reshape(len(keys), own * leaf, -1)
+            logits = (keys[..., :dim] @ flat[part, :, None])[..., 0]
+            logits -= reference[part]
             np.exp(logits, out=logits)
             if self.kept is not None:
-                logits *= self.kept[index].reshape(logits.shape)
+                logits *= self.kept[index[part]].reshape(logits.shape)
             total[part] += logits.sum(1)
             out[part] += (logits[:, None] @ keys[..., dim:])[:, 0]
 
     def again(
-        self, q: np.ndarray, votes: np.ndarray | None, first: int, count: int, lists: Lists | None
+        self, group: int, q: np.ndarray, votes: np.ndarray | None, first: np.ndarray, count: int, lists: Lists | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The generic kernel for a group whose weights leave the range of the dtype."""
-        run_of = (np.array([first]), np.array([count]), count)
-        vote = np.ones(len(q), q.dtype) if votes is None else votes.astype(q.dtype)
-        given = None if lists is None else Lists(tuple(a[None] for a in lists.opened), lists.own[None])
-        out, lse, _ = generic.attend_groups(q[None], vote[None], self.tree, run_of, self.method, self.scale, given)
+        one = slice(group, group + 1)
+        vote = np.ones(q[one].shape[:2], q.dtype) if votes is None else votes[one].astype(q.dtype)
+        given = None if lists is None else Lists(tuple(a[one] for a in lists.opened), lists.own[one])
+        run_of = (first[one], np.array([count]), count)
+        out, lse, _ = generic.attend_groups(q[one], vote, self.tree, run_of, self.method, self.scale, given)
         return out[0], lse[0]
 
 
-def _largest(x: np.ndarray, number: int) -> np.ndarray:
-    """Places (r, number) of the largest entries of each row of x (r, m)."""
-    rows, width = x.shape
-    threshold = np.sort(x, axis=1)[:, width - number]
-    flat = np.flatnonzero(x >= threshold[:, None])
-    if len(flat) != rows * number:  # ties
-        return np.argsort(-x, axis=1, kind="stable")[:, :number]
-    return flat.reshape(rows, number) % width
+def _heaviest(share: np.ndarray, number: int) -> np.ndarray:
+    """Places (G, number) of the largest entries of each row of share (G, m), all of them where there are no more."""
+    rest = share.shape[1] - number
+    if rest <= 0:
+        return np.broadcast_to(np.arange(share.shape[1]), share.shape)
+    return np.argpartition(share, rest, axis=1)[:, rest:]
+
+
+def _places(candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where the nodes wanted (..., k) stand among the candidates (..., m)."""
+    return (candidates[..., None, :] == wanted[..., None]).argmax(-1)
+
+
+def _largest(weight: np.ndarray, number: int) -> np.ndarray:
+    """Places (G, g, number) of the largest weights (G, m, g) of each query."""
+    x = np.ascontiguousarray(weight.transpose(0, 2, 1))  # (G, g, m)
+    width = x.shape[2]
+    threshold = np.sort(x, axis=2)[..., width - number, None]
+    flat = np.flatnonzero(x >= threshold)
+    if len(flat) != x.size // width * number:  # ties
+        return np.argsort(-x, axis=2, kind="stable")[..., :number]
+    return flat.reshape(*x.shape[:2], number) % width
