@@ -270,6 +270,30 @@ def test_float16_with_everything_opened_errs_at_most_twice_as_exact_does(backend
     assert 0 < relative_error(opened, right) <= 2 * relative_error(exact, right)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("method", [SMALL, replace(SMALL, open=MANY, near=MANY, own=1), ox.Exact()], ids=repr)
+def test_gradients_are_those_of_the_output(backend: Backend, method: Any, causal: bool) -> None:
+    """Along a random direction, against a central difference whose own error is a few 1e-7; masks and blind rows too."""
+    if not hasattr(backend.xp, "autograd"):
+        pytest.skip("the library has no gradients")
+    host, rng = qkv(11, 150, 130, lead=(2,)), np.random.default_rng(12)
+    kept, weight = rng.random(130) < 0.8, rng.standard_normal((2, 150, 5))
+    along, step = [rng.standard_normal(a.shape) for a in host], 1e-6
+
+    def loss(*arrays: Any) -> Any:
+        keywords = {"causal": causal, "method": method, "key_mask": backend.array(kept), "backend": backend.name}
+        return (ox.attention(*arrays, **keywords) * backend.array(weight)).sum()
+
+    tensors = [backend.array(a).requires_grad_() for a in host]
+    gradient = backend.xp.autograd.grad(loss(*tensors), tensors)
+    assert all(np.isfinite(backend.numpy(g)).all() for g in gradient)
+    slope = sum((backend.numpy(g) * a).sum() for g, a in zip(gradient, along, strict=True))
+    ahead, behind = (
+        loss(*(backend.array(a + sign * step * b) for a, b in zip(host, along, strict=True))) for sign in (1, -1)
+    )
+    assert slope == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-5)
+
+
 def test_seed_changes_the_splits_and_nothing_else(backend: Backend) -> None:
     q, k, v = clustered(3, 512)
     exact = oracle.dense(q, k, v)[0]

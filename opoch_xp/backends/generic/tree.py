@@ -112,8 +112,8 @@ def log_mass(dot: Array, sigma2: Array, count: Array) -> Array:
     xp = array_namespace(dot)
     log = xp.log(xp.where(count > 0, count, 1.0))
     frozen = 2 * log
-    liquid = sigma2 <= frozen
-    energy = xp.where(liquid, log + sigma2 / 2, xp.sqrt(frozen * xp.where(liquid, 1.0, sigma2)))
+    liquid = (sigma2 <= frozen) | (frozen == 0)  # a node of one key has no variance; one of none no gradient
+    energy = xp.where(liquid, log + sigma2 / 2, xp.sqrt(xp.where(liquid, 1.0, frozen * sigma2)))
     return xp.where(count > 0, dot + energy, -xp.inf)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from opoch_xp.backends.numpy.threads import run
 
 ROWS, KEYS = 256, 512  # a tile of 512 kB in float32
+HEADS = 8  # tiles of small problems done at a time: calls long enough that threads do not wait for the interpreter
 SAFE = 60.0  # exp(+-60) summed over 10**10 keys stays within float32: below it no maximum has to be tracked
 MERGE_ROWS = 4096
 
@@ -27,63 +28,61 @@ def exact_attention(
     last = None
     if causal:
         last = np.arange(n_q) + (n_k - n_q) if positions is None else np.asarray(positions)
-    # small problems (a block of the treecode) waste less of the causal triangle with smaller tiles
-    rows = ROWS if n_k > 2 * ROWS else ROWS // 2
+    # small problems (a block of the treecode) waste less of the causal triangle with smaller tiles, several at a time
+    rows, heads = (ROWS, 1) if n_k > 2 * ROWS else (ROWS // 2, HEADS)
     longest = _longest(k)
 
     def tile(task: tuple[int, int, int]) -> None:
         b, r, s = task
-        span = slice(s, s + rows)
+        some, span = slice(b, b + heads), slice(s, s + rows)
         seen = None if last is None else last[span]
-        kept = None if mask is None else mask[b]
-        _tile(q[b, r, span] * q.dtype.type(scale), k[b], v[b], kept, seen, longest[b], out[b, r, span], lse[b, r, span])
+        kept = None if mask is None else mask[some]
+        scaled = q[some, r, span] * q.dtype.type(scale)
+        _tile(scaled, k[some], v[some], kept, seen, longest[some].max(), out[some, r, span], lse[some, r, span])
 
-    run(tile, [(b, r, s) for b in range(batch) for r in range(repeat) for s in range(0, n_q, rows)])
+    run(tile, [(b, r, s) for b in range(0, batch, heads) for r in range(repeat) for s in range(0, n_q, rows)])
     return out, lse
 
 
 def _longest(k: np.ndarray) -> np.ndarray:
     """Largest norm of a key, per batch entry."""
-    square = run(lambda b: max((np.einsum("nd,nd->n", p, p).max() for p in _pieces(k[b])), default=0.0), range(len(k)))
-    return np.sqrt(np.asarray(square, dtype=np.float64))
-
-
-def _pieces(x: np.ndarray) -> list[np.ndarray]:
-    return [x[s : s + MERGE_ROWS] for s in range(0, len(x), MERGE_ROWS)]
+    step = max(1, MERGE_ROWS // k.shape[1])
+    parts = run(lambda b: np.einsum("bnd,bnd->bn", k[b : b + step], k[b : b + step]).max(1), range(0, len(k), step))
+    return np.sqrt(np.concatenate([np.zeros(0, k.dtype), *parts]), dtype=np.float64)
 
 
 def _tile(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, kept: np.ndarray | None, last: np.ndarray | None, longest: float,
     out: np.ndarray, lse: np.ndarray,
 ) -> None:  # fmt: skip
-    """Rows q (r, d), already scaled, against all keys; writes out (r, d_v) and lse (r,)."""
-    stop = len(k) if last is None else max(0, min(len(k), int(last.max()) + 1))
-    bounded = np.sqrt(np.einsum("nd,nd->n", q, q).max()) * longest < SAFE  # false for NaN
-    top = np.zeros(len(q), q.dtype) if bounded else np.full(len(q), -np.inf, q.dtype)
-    total = np.zeros(len(q), q.dtype)
+    """Rows q (b, r, d), already scaled, against all keys (b, n_k, d); writes out (b, r, d_v) and lse (b, r)."""
+    stop = k.shape[1] if last is None else max(0, min(k.shape[1], int(last.max()) + 1))
+    bounded = np.sqrt(np.einsum("bnd,bnd->bn", q, q).max()) * longest < SAFE  # false for NaN
+    top = np.zeros(q.shape[:2], q.dtype) if bounded else np.full(q.shape[:2], -np.inf, q.dtype)
+    total = np.zeros(q.shape[:2], q.dtype)
     out[...] = 0
-    logits = np.empty((len(q), min(KEYS, stop)), q.dtype)
+    logits = np.empty((*q.shape[:2], min(KEYS, stop)), q.dtype)
     for s in range(0, stop, KEYS):
         e = min(s + KEYS, stop)
-        tile = np.matmul(q, k[s:e].T, out=logits[:, : e - s])  # (r, keys)
+        tile = np.matmul(q, k[:, s:e].transpose(0, 2, 1), out=logits[..., : e - s])  # (b, r, keys)
         if last is not None and e - 1 > last.min():
             np.copyto(tile, -np.inf, where=np.arange(s, e) > last[:, None])
-        if kept is not None and not kept[s:e].all():
-            tile[:, ~kept[s:e]] = -np.inf
+        if kept is not None and not kept[:, s:e].all():
+            np.copyto(tile, -np.inf, where=~kept[:, None, s:e])
         if not bounded:
-            highest = np.maximum(top, tile.max(1))
+            highest = np.maximum(top, tile.max(2))
             shift = np.where(highest == -np.inf, 0, highest)
             keep = np.exp(top - shift)
-            out *= keep[:, None]
+            out *= keep[..., None]
             total *= keep
             top = highest
-            tile -= shift[:, None]
+            tile -= shift[..., None]
         np.exp(tile, out=tile)
-        total += tile.sum(1)
-        out += tile @ v[s:e]
+        total += tile.sum(2)
+        out += tile @ v[:, s:e]
     seen = total != 0
     safe = np.where(seen, total, 1)
-    out /= safe[:, None]
+    out /= safe[..., None]
     lse[...] = np.where(seen, np.where(seen, top, 0) + np.log(safe), -np.inf)
 
 

@@ -1,4 +1,4 @@
-"""Median splits in NumPy: rows into cells that are close in space, level by level, in blocks that stay in cache."""
+"""Median splits in NumPy: rows into cells that are close in space, level by level, many nodes a call."""
 
 from typing import Any
 
@@ -7,24 +7,34 @@ import numpy as np
 from opoch_xp.backends.numpy.threads import run
 
 SAMPLE = 256  # rows of a node that its axis is found from: a median split does not need it to be finer
-CACHED = 4096  # rows: 1 MB of float32 at d = 64, an L2 cache
+CACHED = 16384  # rows split together: 4 MB of float32 at d = 64, in the L3 cache, and calls long enough for threads
 PARALLEL = 65536  # rows of a node from which on its halves go to different threads
 
 
 def principal_order(x: np.ndarray, axes: Any, iterations: int, kept: np.ndarray | None) -> np.ndarray:
     """See opoch_xp.backends.generic.tree.principal_order. An axis is found from SAMPLE evenly spaced rows of a node."""
-    tasks, n, _ = x.shape
+    tasks, n, dim = x.shape
     axes = np.asarray(axes, dtype=x.dtype)
     order = np.empty((tasks, n), np.int64)
     order[...] = np.arange(n)
+    if n <= CACHED:
+        step = CACHED // n
+
+        def whole(t: int) -> None:
+            rows = x[t : t + step].reshape(-1, dim)
+            alive = None if kept is None else kept[t : t + step].reshape(-1)
+            index = _split_all(rows, alive, n, axes, iterations).reshape(-1, n)
+            order[t : t + step] = index - np.arange(0, len(rows), n)[:, None]
+
+        run(whole, range(0, tasks, step))
+        return order
     nodes = [(t, slice(0, n)) for t in range(tasks)]
     level = 0
     while level < len(axes) and n >> level > PARALLEL:
         halves = run(lambda node: _halve(x, kept, order, node, axes[level], iterations), nodes)  # noqa: B023
         nodes = [half for pair in halves for half in pair]
         level += 1
-    if level < len(axes):
-        run(lambda node: _descend(x, kept, order, node, axes[level:], iterations), nodes)
+    run(lambda node: _descend(x, kept, order, node, axes[level:], iterations), nodes)
     return order
 
 
@@ -44,20 +54,25 @@ def _descend(
             _descend(x, kept, order, half, axes[1:], iterations)
         return
     index = order[task, span]
-    rows = x[task].take(index, axis=0)
     alive = None if kept is None else kept[task].take(index)
-    buffer = np.empty_like(rows)
-    for axis in axes:
+    order[task, span] = index[_split_all(x[task].take(index, axis=0), alive, size, axes, iterations)]
+
+
+def _split_all(rows: np.ndarray, alive: np.ndarray | None, size: int, axes: np.ndarray, iterations: int) -> np.ndarray:
+    """Order of rows (n, d), nodes of `size` rows one after another, after a split of every node for each of `axes`."""
+    index = np.arange(len(rows))
+    buffers = np.empty_like(rows), np.empty_like(rows)  # the caller's rows are never written to
+    for level, axis in enumerate(axes):
         nodes = rows.reshape(-1, size, rows.shape[1])  # (nodes, size, d)
         mask = None if alive is None else alive.reshape(-1, size)
         rank = np.argpartition(_projection(nodes, mask, axis, iterations), size // 2 - 1, axis=1)
         rank += np.arange(0, len(rows), size)[:, None]
         flat = rank.reshape(-1)
-        index = index[flat]
-        alive = None if alive is None else alive[flat]
-        rows, buffer = np.take(rows, flat, axis=0, out=buffer, mode="clip"), rows
+        index = index.take(flat)
+        alive = None if alive is None else alive.take(flat)
+        rows = rows.take(flat, axis=0, out=buffers[level % 2], mode="clip")
         size //= 2
-    order[task, span] = index
+    return index
 
 
 def _halve(
@@ -96,7 +111,7 @@ def _projection(nodes: np.ndarray, kept: np.ndarray | None, axis: np.ndarray, it
 
 
 def _axis(sample: np.ndarray, kept: np.ndarray | None, start: np.ndarray, iterations: int) -> np.ndarray:
-    """Principal axes (nodes, d, 1) of sample (nodes, rows, d) by power iteration from `start` (d,)."""
+    """Principal axes (nodes, d, 1), of any length, of sample (nodes, rows, d): power iteration from `start` (d,)."""
     axis = np.broadcast_to(start[:, None], (len(sample), len(start), 1))
     if not iterations:
         return axis
@@ -109,7 +124,6 @@ def _axis(sample: np.ndarray, kept: np.ndarray | None, start: np.ndarray, iterat
     turned = centered.transpose(0, 2, 1)
     for _ in range(iterations):
         axis = turned @ (centered @ axis)
-        for length in (np.abs(axis).max(1, keepdims=True), None):
-            length = np.sqrt(np.einsum("ndo,ndo->no", axis, axis))[:, None] if length is None else length
-            axis = axis / np.where(length > 0, length, 1)
+        largest = np.abs(axis).max(1, keepdims=True)  # only the direction matters: this keeps it within the dtype
+        axis /= np.where(largest > 0, largest, 1)
     return axis

@@ -23,7 +23,7 @@ from opoch_xp.backends.numpy.threads import run
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
 
-CACHED = 4096  # keys summarised at a time
+CACHED = 8192  # keys summarised at a time: 4 MB with their values at d = 64
 BATCH = 8  # groups attended at a time: 6 MB of scratch a thread with the defaults
 OWN_ROWS = 64  # queries whose own cells are gathered at a time: 2 MB with the defaults
 LOW, HIGH = 1e-20, 1e30  # sums of weights outside, relative to the top level's, are done again with a maximum
@@ -49,36 +49,40 @@ def build_tree(
     cells = np.empty((chunks, size, dim + v.shape[2]), k.dtype)
     summaries = tuple(np.empty((chunks, nodes, 2 * dim + v.shape[2]), k.dtype) for nodes in levels)
 
+    together = max(1, CACHED // size)
+
     def chunk(c: int) -> None:
+        some = slice(c, min(c + together, chunks))
+        which = np.arange(some.start, some.stop)[:, None]
         for s in range(0, size, CACHED):
             part = slice(s, min(s + CACHED, size))
-            index = order[c, part]
-            cells[c, part, :dim] = k[c].take(index, axis=0)
-            cells[c, part, dim:] = v[c].take(index, axis=0)
-            split = cells[c, part].reshape(-1, method.leaf, cells.shape[2])
-            _summarise(split[..., :dim], None, split[..., dim:], summaries[0][c, s // method.leaf :])
+            index = order[some, part]
+            cells[some, part, :dim] = k[which, index]
+            cells[some, part, dim:] = v[which, index]
+            split = cells[some, part].reshape(len(index), -1, method.leaf, cells.shape[2])
+            finest = summaries[0][some, s // method.leaf : part.stop // method.leaf]
+            _summarise(split[..., :dim], None, split[..., dim:], finest)
         for finer, coarser in pairwise(summaries):
-            below = finer[c].reshape(coarser.shape[1], -1, finer.shape[2])
-            _summarise(below[..., :dim], below[..., dim : 2 * dim], below[..., 2 * dim :], coarser[c])
+            below = finer[some].reshape(-1, coarser.shape[1], finer.shape[1] // coarser.shape[1], finer.shape[2])
+            _summarise(below[..., :dim], below[..., dim : 2 * dim], below[..., 2 * dim :], coarser[some])
 
-    run(chunk, range(chunks))
+    run(chunk, range(0, chunks, together))
     return Tree(cells, order, summaries, tuple(size // nodes for nodes in levels), None, None, dim)
 
 
 def _summarise(keys: np.ndarray, var: np.ndarray | None, values: np.ndarray, out: np.ndarray) -> None:
-    """Mean, variance and mean value of children (nodes, children, ...) of equal count into rows of `out`."""
-    nodes, children, dim = keys.shape
-    out = out[:nodes]
-    mean = np.add.reduce(keys, axis=1)
-    mean *= keys.dtype.type(1 / children)
-    spread = keys - mean[:, None]
+    """Mean, variance and mean value of children (chunks, nodes, children, ...) of equal count into `out`."""
+    dim, share = keys.shape[3], keys.dtype.type(1 / keys.shape[2])
+    mean = np.add.reduce(keys, axis=2)
+    mean *= share
+    spread = keys - mean[:, :, None]
     np.multiply(spread, spread, out=spread)
     if var is not None:
         spread += var
-    out[:, :dim] = mean
-    np.add.reduce(spread, axis=1, out=mean)
-    np.multiply(mean, mean.dtype.type(1 / children), out=out[:, dim : 2 * dim])
-    np.multiply(np.add.reduce(values, axis=1), keys.dtype.type(1 / children), out=out[:, 2 * dim :])
+    out[..., :dim] = mean
+    np.add.reduce(spread, axis=2, out=mean)
+    np.multiply(mean, share, out=out[..., dim : 2 * dim])
+    np.multiply(np.add.reduce(values, axis=2), share, out=out[..., 2 * dim :])
 
 
 def tree_attention(
