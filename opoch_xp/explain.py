@@ -196,7 +196,9 @@ def _tier(one: Problem, method: Treecode, number: int, size: int, row: int, quer
         int(np.argmax(members == row - rows.start)), len(members) // group_count(queries.shape[1], method.group)
     )
     opened = [host_array(level[group, :]).astype(np.int64) for level in lists.opened]
-    own = host_array(lists.own[group, place, :]).astype(np.int64)
+    own = np.setdiff1d(host_array(lists.own[group, place, :]), opened[-1]).astype(
+        np.int64
+    )  # masked cells weigh as little
     reading = _Reading(tree, query, one.scale, number, first * size)
     return [*reading.far(opened, own), *reading.cells("near", opened[-1]), *reading.cells("own", own)]
 
