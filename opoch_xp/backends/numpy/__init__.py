@@ -5,15 +5,19 @@ Threads: `threads(n)` around a call, or the environment variable OPOCH_NUM_THREA
 """
 
 from opoch_xp.backends.generic import synchronize
+from opoch_xp.backends.numpy.buckets import bucket_attention
 from opoch_xp.backends.numpy.exact import exact_attention, merge_part
+from opoch_xp.backends.numpy.hashing import hash_codes
 from opoch_xp.backends.numpy.threads import thread_count, threads
 from opoch_xp.backends.numpy.tree import build_tree, tree_attention
 from opoch_xp.cost import Cost
 
 __all__ = [
     "COST",
+    "bucket_attention",
     "build_tree",
     "exact_attention",
+    "hash_codes",
     "merge_part",
     "synchronize",
     "thread_count",

@@ -39,7 +39,7 @@ def thread_count() -> int:
     text = os.environ.get("OPOCH_NUM_THREADS")
     if text is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise ValueError(f"OPOCH_NUM_THREADS must be a whole number of at least 1, got {text!r}")
     return int(text)
 
