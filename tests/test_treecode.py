@@ -273,7 +273,7 @@ def test_float16_with_everything_opened_errs_at_most_twice_as_exact_does(backend
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("method", [SMALL, replace(SMALL, open=MANY, near=MANY, own=1), ox.Exact()], ids=repr)
 def test_gradients_are_those_of_the_output(backend: Backend, method: Any, causal: bool) -> None:
-    """Along a random direction, against a central difference whose own error is a few 1e-7; masks and blind rows too."""
+    """Along a random direction, against a central difference that errs by a few 1e-7; masks and blind rows too."""
     if not hasattr(backend.xp, "autograd"):
         pytest.skip("the library has no gradients")
     host, rng = qkv(11, 150, 130, lead=(2,)), np.random.default_rng(12)
