@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 try:
-    from threadpoolctl import ThreadpoolController
+    from threadpoolctl import OpenBLASController, ThreadpoolController
 except ImportError:  # an extra: see the docstring
-    ThreadpoolController = None
+    OpenBLASController = ThreadpoolController = None
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -75,6 +75,8 @@ class _OneBlasThread:
         with self.lock:
             self.inside -= 1
             if self.inside == 0 and self.limit is not None:
+                # the last call out may come from another thread than the first one in, which alone may set the limit
+                getattr(OpenBLASController, "clear_controlling_thread", lambda force: None)(force=True)
                 self.limit.restore_original_limits()
                 self.limit = None
 

@@ -168,7 +168,8 @@ class _Groups:
         self.families = [
             a.reshape(-1, children * a.shape[2]) for a, children in zip(tree.summaries, self.children, strict=True)
         ]
-        self.cells = tree.cells.reshape(-1, tree.leaf * tree.cells.shape[2])
+        self.width = tree.cells.shape[2]  # d + e
+        self.cells = tree.cells.reshape(-1, tree.leaf * self.width)
         self.kept = None if tree.kept is None else tree.kept.reshape(-1, tree.leaf)
         self.counts = None if tree.counts is None else [a.reshape(-1) for a in tree.counts]
         self.scratch = local()
@@ -180,11 +181,11 @@ class _Groups:
             held[name] = np.empty(size, self.cells.dtype)
         return held[name][:size].reshape(shape)
 
-    def gather(self, name: str, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """rows[index] for index (G, k), as (G, k * rows of each, width)."""
+    def gather(self, name: str, rows: np.ndarray, index: np.ndarray, width: int) -> np.ndarray:
+        """rows[index] for index (G, k), each row cut into pieces of `width`: (G, k * pieces, width)."""
         taken = self.buffer(name, index.size, rows.shape[1])
         rows.take(index.reshape(-1), axis=0, mode="clip", out=taken)
-        return taken.reshape(len(index), index.shape[1], -1)
+        return taken.reshape(len(index), index.shape[1] * (rows.shape[1] // width), width)
 
     def __call__(
         self, q: np.ndarray, votes: np.ndarray | None, first: np.ndarray, count: int, lists: Lists | None
@@ -202,9 +203,8 @@ class _Groups:
         largest: Any = None
         for level in range(len(self.families) - 1, -1, -1):
             base = first[:, None] * self.nodes[level + 1]
-            rows = self.gather("family", self.families[level], opened + base)
+            rows = self.gather("family", self.families[level], opened + base, self.width + dim)  # (G, m, 2 * d + e)
             children = self.children[level]
-            rows = rows.reshape(len(q), opened.shape[1] * children, -1)  # (G, m, 2 * d + e)
             candidates = (opened[:, :, None] * children + np.arange(children)).reshape(len(q), -1)
             mass = self.log_mass(level, rows, turned, square, candidates + first[:, None] * self.nodes[level])
             if reference is None:
@@ -279,7 +279,7 @@ class _Groups:
     ) -> None:
         """Near field of the groups: cells (G, near), read key by key into total and out."""
         dim = self.tree.dim
-        keys = self.gather("near", self.cells, cell).reshape(len(cell), cell.shape[1] * self.tree.leaf, -1)
+        keys = self.gather("near", self.cells, cell, self.width)  # (G, near * leaf, d + e)
         logits = np.matmul(keys[..., :dim], turned, out=self.buffer("mass near", *keys.shape[:2], turned.shape[2]))
         logits -= reference
         np.exp(logits, out=logits)
@@ -294,7 +294,7 @@ class _Groups:
     ) -> None:  # fmt: skip
         """Near field of each query of its own: its `best` cells (G, g, own), read key by key into total and out."""
         groups, queries, own = best.shape
-        dim, leaf = self.tree.dim, self.tree.leaf
+        dim = self.tree.dim
         which = np.arange(groups)[:, None, None]
         weight[which, best, np.arange(queries)[:, None]] = 0
         index = cell[which, best].reshape(-1, own)  # (G * g, own)
@@ -302,8 +302,7 @@ class _Groups:
         total, out = total.reshape(-1), out.reshape(len(index), -1)  # views
         for s in range(0, len(index), OWN_ROWS):
             part = slice(s, s + OWN_ROWS)
-            keys = self.gather("own", self.cells, index[part])
-            keys = keys.reshape(len(keys), own * leaf, -1)
+            keys = self.gather("own", self.cells, index[part], self.width)  # (rows, own * leaf, d + e)
             logits = (keys[..., :dim] @ flat[part, :, None])[..., 0]
             logits -= reference[part]
             np.exp(logits, out=logits)
@@ -329,7 +328,7 @@ def _heaviest(share: np.ndarray, number: int) -> np.ndarray:
     rest = share.shape[1] - number
     if rest <= 0:
         return np.broadcast_to(np.arange(share.shape[1]), share.shape)
-    return np.argpartition(share, rest, axis=1)[:, rest:]
+    return np.argpartition(share, max(0, rest - 1), axis=1)[:, rest:]
 
 
 def _places(candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
