@@ -31,8 +31,8 @@ def run(backend: Backend, q: Any, k: Any, v: Any, **keywords: Any) -> tuple[np.n
     return backend.numpy(found.out), backend.numpy(found.lse)
 
 
-def decided_by_oracle(backend: Backend) -> SimpleNamespace:
-    """The backend's kernels, told the oracle's order of keys, groups of queries and lists, one task at a time."""
+def decided_by_oracle(backend: Backend, with_lists: bool) -> SimpleNamespace:
+    """The backend's kernels, told the oracle's order of keys, groups of queries and perhaps lists, a task at a time."""
     kernels, built = backend.kernels, {}
 
     def build_tree(k: Any, v: Any, axes: Any, method: Treecode, *, mask: Any = None) -> Any:
@@ -52,10 +52,8 @@ def decided_by_oracle(backend: Backend) -> SimpleNamespace:
             if count[t]:
                 chunks = slice(first[t], first[t] + count[t])
                 given = decisions(backend.numpy(one)[0], built, chunks, axes, method, scale)
-                given = {
-                    "groups": backend.array(given[0]),
-                    "lists": Lists(*map(partial(to_backend, backend), given[1])),
-                }
+                lists = Lists(*map(partial(to_backend, backend), given[1])) if with_lists else None
+                given = {"groups": backend.array(given[0]), "lists": lists}
             part = kernels.tree_attention(one, tree, first[task], count[task], axes, method, scale=scale, **given)
             out.append(part[0])
             lse.append(part[1])
@@ -84,10 +82,19 @@ def decisions(
 
 @given(call=calls(tied=True), method=methods())
 def test_equals_the_oracle_given_its_decisions(backend: Backend, call: Call, method: Treecode) -> None:
+    agrees_with_the_oracle(backend, call, method, with_lists=True)
+
+
+@given(call=calls(), method=methods())
+def test_opens_what_the_oracle_opens_where_nothing_is_tied(backend: Backend, call: Call, method: Treecode) -> None:
+    agrees_with_the_oracle(backend, call, method, with_lists=False)
+
+
+def agrees_with_the_oracle(backend: Backend, call: Call, method: Treecode, with_lists: bool) -> None:
     mask = None if call.kept is None else backend.array(call.kept)
     arrays = [backend.array(a) for a in (call.q, call.k, call.v)]
     problem = prepare(*arrays, causal=call.causal, scale=call.scale, key_mask=mask, backend=backend.name)
-    found = attend_treecode(replace(problem, kernels=decided_by_oracle(backend)), method)
+    found = attend_treecode(replace(problem, kernels=decided_by_oracle(backend, with_lists)), method)
     out = backend.numpy(found.out).reshape(*call.q.shape[:-1], -1)
     lse = backend.numpy(found.lse).reshape(call.q.shape[:-1])
     axes = oracle.axes_for(call.q.shape[-1])
