@@ -5,7 +5,7 @@ from common import Table, audited, median_seconds, timed_attend
 from threadpoolctl import threadpool_limits
 
 import opoch_xp as ox
-from opoch_xp.backends.numpy.threads import thread_count
+from opoch_xp.backends.numpy.pool import thread_count
 
 N = 1_000_000
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opoch_xp.attention import ApproximationWarning, Attention, Report, attend, attention
     from opoch_xp.audit import Audit, audit
-    from opoch_xp.backends import backends
+    from opoch_xp.backends import installed as backends
     from opoch_xp.explain import explain
     from opoch_xp.hashing import hash_codes, random_hyperplanes
     from opoch_xp.methods import LSH, Exact, Treecode
@@ -41,7 +41,6 @@ _HOME = {
     "attention": "attention",
     "Audit": "audit",
     "audit": "audit",
-    "backends": "backends",
     "explain": "explain",
     "hash_codes": "hashing",
     "random_hyperplanes": "hashing",
@@ -54,6 +53,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its module on first use: importing the package imports no array library."""
+    if name == "backends":  # a package that can be called
+        return import_module("opoch_xp.backends")
     if name not in _HOME:
         raise AttributeError(f"module 'opoch_xp' has no attribute {name!r}")
     value = getattr(import_module(f"opoch_xp.{_HOME[name]}"), name)

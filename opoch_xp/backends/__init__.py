@@ -5,11 +5,12 @@ library. It may define any of KERNELS, with the signature and meaning of the twi
 it lacks is filled with that twin once, when the plugin is loaded. Nothing falls back at call time.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 GROUP = "opoch_xp.backends"
@@ -98,7 +99,7 @@ def kernels_for(xp: Any, backend: str | None = None) -> SimpleNamespace:
     return _kernels(name if name in _found() and backend != "generic" else "generic")
 
 
-def backends() -> list[Backend]:
+def installed() -> list[Backend]:
     """Every backend that is installed: its name, source, version, whether it can be used or why not, its kernels.
 
     A backend that is broken is listed with its reason; nothing is raised.
@@ -116,3 +117,14 @@ def backends() -> list[Backend]:
         filled = tuple(kernel for kernel in KERNELS if kernel not in native) if native else ()
         listing.append(Backend(name, source, version, not reason, reason, native, filled))
     return listing
+
+
+class _Backends(ModuleType):
+    """This package, callable: `ox.backends()` lists what is installed, and its modules are imported as any others."""
+
+    def __call__(self) -> list[Backend]:
+        """Every backend that is installed: see `installed`."""
+        return installed()
+
+
+sys.modules[__name__].__class__ = _Backends

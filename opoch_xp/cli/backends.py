@@ -2,13 +2,13 @@
 
 from dataclasses import asdict
 
-from opoch_xp.backends import KERNELS, Backend, backends
+from opoch_xp.backends import KERNELS, Backend, installed
 from opoch_xp.cli.tables import Sink, Table
 
 
 def list_backends(sink: Sink) -> None:
     """One line a backend, a broken one with its reason; then whose kernels each of them runs."""
-    found = backends()
+    found = installed()
     rows = [
         [entry.name, entry.source, entry.version, "yes" if entry.available else f"no: {entry.reason}"]
         for entry in found

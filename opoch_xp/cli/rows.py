@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from opoch_xp.arguments import prepare
 from opoch_xp.attention import Attention, attend
 from opoch_xp.audit import audit, exact_rows
-from opoch_xp.backends import backends, kernels_for
+from opoch_xp.backends import installed, kernels_for
 from opoch_xp.cli.tables import method_name
 from opoch_xp.cost import visible_pairs
 from opoch_xp.measure import cores, timed
@@ -68,7 +68,7 @@ class Row:
 
 def arrays_of(backend: str, *arrays: np.ndarray) -> tuple[Array, ...]:
     """The arrays in the library that the backend is for; ValueError where there is none, or it is not installed."""
-    names = sorted({*LIBRARIES, *(entry.name for entry in backends())})
+    names = sorted({*LIBRARIES, *(entry.name for entry in installed())})
     if backend not in names:
         raise ValueError(f"--backend must be one of {', '.join(names)}; got {backend!r}")
     library = LIBRARIES.get(backend, backend)

@@ -1,15 +1,15 @@
 """NumPy plugin: the kernels in blocks that stay in cache, on all cores.
 
 Threads: `threads(n)` around a call, or the environment variable OPOCH_NUM_THREADS; by default all cores. See
-`opoch_xp.backends.numpy.threads`.
+`opoch_xp.backends.numpy.pool`.
 """
 
 from opoch_xp.backends.generic import synchronize
 from opoch_xp.backends.numpy.buckets import bucket_attention
 from opoch_xp.backends.numpy.exact import exact_attention, merge_part
 from opoch_xp.backends.numpy.hashing import hash_codes
-from opoch_xp.backends.numpy.threads import thread_count, threads
-from opoch_xp.backends.numpy.tree import build_tree, tree_attention
+from opoch_xp.backends.numpy.pool import thread_count, threads
+from opoch_xp.backends.numpy.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "exact_attention",
     "hash_codes",
     "merge_part",
+    "query_groups",
     "synchronize",
     "thread_count",
     "threads",

@@ -22,7 +22,7 @@ import numpy as np
 
 from opoch_xp.backends.numpy.bucket_tables import TILE, Table, cut_tasks, runs, sort_table, stable_order
 from opoch_xp.backends.numpy.mean_field import mean_field, past_mean
-from opoch_xp.backends.numpy.threads import run
+from opoch_xp.backends.numpy.pool import run
 
 Array = np.ndarray
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from opoch_xp.backends.numpy.threads import run
+from opoch_xp.backends.numpy.pool import run
 
 ROWS, KEYS = 256, 512  # a tile of 512 kB in float32
 HEADS = 8  # tiles of small problems done at a time: calls long enough that threads do not wait for the interpreter

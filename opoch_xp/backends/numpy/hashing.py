@@ -12,7 +12,7 @@ Letters: n rows, d = dim, T tables, b bits.
 
 import numpy as np
 
-from opoch_xp.backends.numpy.threads import run
+from opoch_xp.backends.numpy.pool import run
 
 BLOCK = 1 << 17  # projections of a block: 512 kB of float32, half of a common L2 cache
 WHOLE = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<i8"}  # bytes of a code that NumPy reads as one integer

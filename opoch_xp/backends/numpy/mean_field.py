@@ -7,7 +7,7 @@ Letters: n_k keys, d and dv widths of keys and values, L queries that are left.
 
 import numpy as np
 
-from opoch_xp.backends.numpy.threads import run
+from opoch_xp.backends.numpy.pool import run
 
 Array = np.ndarray
 Field = tuple[Array, Array]  # values (L, dv), log masses (L,)

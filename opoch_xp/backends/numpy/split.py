@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from opoch_xp.backends.numpy.threads import run
+from opoch_xp.backends.numpy.pool import run
 
 SAMPLE = 256  # rows of a node that its axis is found from: a median split does not need it to be finer
 CACHED = 16384  # rows split together: 4 MB of float32 at d = 64, in the L3 cache, and calls long enough for threads

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.backends.generic import tree as generic
+from opoch_xp.backends.numpy.pool import run
 from opoch_xp.backends.numpy.split import principal_order
-from opoch_xp.backends.numpy.threads import run
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
 
@@ -101,13 +101,13 @@ def tree_attention(
     tasks, n, _ = queries.shape
     out = np.zeros((tasks, n, tree.cells.shape[2] - tree.dim), queries.dtype)
     lse = np.full((tasks, n), -np.inf, queries.dtype)
-    finite = np.isfinite(np.einsum("tnd->tn", queries * 0)) if not np.isfinite(queries.sum()) else None
+    finite = _finite(queries) if not np.isfinite(queries.sum()) else None
     if finite is not None:
         queries = np.where(finite[..., None], queries, 0)
     total = group_count(n, method.group)
     size = n if total == 1 else method.group
     if groups is None:
-        groups = _query_groups(queries, axes, method, size, total)
+        groups = query_groups(queries, axes, method)
     kernel = _Groups(tree, method, scale)
 
     def work(batch: tuple[np.ndarray, np.ndarray, int]) -> None:
@@ -138,18 +138,27 @@ def _batches(count: np.ndarray, n: int, size: int, total: int) -> list[tuple[np.
     return batches
 
 
-def _query_groups(queries: np.ndarray, axes: Any, method: Treecode, size: int, total: int) -> np.ndarray:
+def query_groups(queries: np.ndarray, axes: Any, method: Treecode) -> np.ndarray:
     """See opoch_xp.backends.generic.tree.query_groups."""
     tasks, n, dim = queries.shape
+    total = group_count(n, method.group)
+    size = n if total == 1 else method.group
     padded = size << splits(n, size)
     if size == 1:  # nothing is shared: any order will do
         return np.broadcast_to(np.arange(n), (tasks, n))
+    if not np.isfinite(queries.sum()):
+        queries = np.where(_finite(queries)[..., None], queries, 0)
     if padded == n:
         return principal_order(queries, axes, method.iterations, None)
     rows = np.zeros((tasks, padded, dim), queries.dtype)
     rows[:, :n] = queries
     kept = np.broadcast_to(np.arange(padded) < n, (tasks, padded))
     return principal_order(rows, axes, method.iterations, kept)[:, : total * size]
+
+
+def _finite(queries: np.ndarray) -> np.ndarray:
+    """Which of the queries (T, n, d) are finite, (T, n)."""
+    return np.isfinite(np.einsum("tnd->tn", queries * 0))
 
 
 class _Groups:

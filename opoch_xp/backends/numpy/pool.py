@@ -64,12 +64,16 @@ class _OneBlasThread:
         self.controller: Any = None
         self.limit: Any = None
 
+    def hold(self) -> Any:
+        """Set the limit; where BLAS is built on OpenMP it is each thread's own, so a worker calls this as well."""
+        return self.controller.limit(limits=1, user_api="blas")
+
     def __enter__(self) -> None:
         with self.lock:
             self.inside += 1
             if self.inside == 1 and ThreadpoolController is not None:
                 self.controller = self.controller or ThreadpoolController()
-                self.limit = self.controller.limit(limits=1, user_api="blas")
+                self.limit = self.hold()
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
@@ -100,7 +104,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Resul
         if workers <= 1:
             work()
         else:
-            with ThreadPoolExecutor(workers) as pool:
+            with ThreadPoolExecutor(workers, initializer=_one_blas_thread.hold) as pool:
                 for future in [pool.submit(work) for _ in range(workers)]:
                     future.result()
     return results
