@@ -26,4 +26,4 @@ __all__ = [
     "tree_attention",
 ]
 
-COST = Cost(read=3.0, split=10.0)
+COST = Cost(read=5.0, split=40.0)
