@@ -76,11 +76,11 @@ class Treecode:
     leaf: int = 8
     branch: int = 8
     top: int = 16
-    group: int = 64
-    open: int = 32
-    near: int = 16
+    group: int = 128
+    open: int = 64
+    near: int = 32
     own: int = 8
-    iterations: int = 6
+    iterations: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -26,4 +26,4 @@ __all__ = [
     "tree_attention",
 ]
 
-COST = Cost(read=5.0, split=40.0)
+COST = Cost(read=3.6, split=35.0)

@@ -1,4 +1,4 @@
-"""The treecode's two kernels in NumPy: BATCH groups of queries at a time, threads over batches.
+"""The treecode's kernels in NumPy: a few groups of queries at a time, threads over batches.
 
 A group costs two products a level (means, variances), a gather of the opened nodes' children, one exponential, and one
 product with the values. Arrays are (groups, nodes, queries): the queries of a group are the contiguous axis. A batch
@@ -24,7 +24,10 @@ from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
 
 CACHED = 8192  # keys summarised at a time: 4 MB with their values at d = 64
-BATCH = 8  # groups attended at a time: 6 MB of scratch a thread with the defaults
+QUERIES, BATCH = (
+    512,
+    8,
+)  # queries, and groups at the most, attended at a time: 10 MB of scratch a thread with the defaults
 OWN_ROWS = 64  # queries whose own cells are gathered at a time: 2 MB with the defaults
 LOW, HIGH = 1e-20, 1e30  # sums of weights outside, relative to the top level's, are done again with a maximum
 
@@ -128,13 +131,14 @@ def tree_attention(
 
 
 def _batches(count: np.ndarray, n: int, size: int, total: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Groups of as many rows that read as many chunks, BATCH at a time: (tasks, numbers of groups, rows of each)."""
+    """Groups of as many rows that read as many chunks, a few at a time: (tasks, numbers of groups, rows of each)."""
     full, batches = n // size, []
     for chunks in np.unique(count[count > 0]):
         tasks = np.flatnonzero(count == chunks)
         for numbers, rows in ((np.arange(full), size), (np.arange(full, total), n - full * size)):
             task, number = np.repeat(tasks, len(numbers)), np.tile(numbers, len(tasks))
-            batches += [(task[s : s + BATCH], number[s : s + BATCH], rows) for s in range(0, len(task), BATCH)]
+            step = max(1, min(BATCH, QUERIES // max(rows, 1)))
+            batches += [(task[s : s + step], number[s : s + step], rows) for s in range(0, len(task), step)]
     return batches
 
 
