@@ -5,12 +5,17 @@ from common import Table, audited, peak_memory, timed_attend, torch_exact
 import opoch_xp as ox
 from opoch_xp import workloads
 
-SHORT = (ox.Treecode(), ox.Treecode(iterations=2), ox.Treecode(group=128), ox.Treecode(open=64, near=32, own=16))
-LONG = (ox.Treecode(), ox.Treecode(own=0), ox.Treecode(own=0, iterations=2), ox.Treecode(fan=8))
+SHORT = (
+    ox.Treecode(),
+    ox.Treecode(open=32, near=16, own=4),
+    ox.Treecode(open=32, near=16, own=8, iterations=2),
+    ox.Treecode(near=64, own=16),
+)
+LONG = (ox.Treecode(), ox.Treecode(own=0), ox.Treecode(open=32, near=16, own=0, iterations=2))
 CASES = (
     ("scattered", 65_536, True, SHORT, 5),
     ("topics", 1_000_000, True, LONG, 1),
-    ("topics", 1_000_000, False, LONG[:3], 1),
+    ("topics", 1_000_000, False, LONG, 1),
 )
 
 
@@ -36,7 +41,10 @@ def main() -> None:
             few = [x[:, :8192] for x in (q, k, v)]
             ox.attention(*few, causal=causal, method=method)  # warm-up
             seconds, result = timed_attend((q, k, v), causal, method, repeats)
-            found, pairs = audited(q, k, v, causal, result), result.report.pairs
+            found, pairs = (
+                audited(q, k, v, causal, result, 512 if yardstick.extrapolated else 8192),
+                result.report.pairs,
+            )
             del result
             memory = peak_memory(workload, n, causal, method)
             table.add(workload, n, causal, method, seconds, yardstick.seconds / seconds, float(found.error[0]),

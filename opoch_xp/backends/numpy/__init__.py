@@ -26,4 +26,4 @@ __all__ = [
     "tree_attention",
 ]
 
-COST = Cost(read=3.6, split=35.0)
+COST = Cost(read=4.5, split=38.0)
