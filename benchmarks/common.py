@@ -51,6 +51,19 @@ def timed_attend(
     return median_seconds(lambda: ox.attend(*arrays, causal=causal, method=method, check=False), repeats)
 
 
+def in_turn(functions: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Wall seconds of each function in each of `rounds` rounds: taken in turn, a slow spell meets them all alike."""
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, seconds in zip(functions, times, strict=True):
+            start = perf_counter()
+            function()
+            seconds.append(perf_counter() - start)
+    return times
+
+
 def torch_exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, repeats: int = 5) -> Yardstick:
     """PyTorch's scaled_dot_product_attention, with the threads of the NumPy plugin; q, k, v (heads, n, d).
 
@@ -69,23 +82,36 @@ def torch_exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, repea
     return Yardstick(seconds * n / SAMPLE / (2 if causal else 1), True)
 
 
-def _peak(queue: Any, workload: str, n: int, causal: bool, method: Any) -> None:
-    small = workloads.make(workload, 4096)
+@dataclass(frozen=True)
+class Fresh:
+    """One call in a process of its own: memory is its high-water mark above its inputs, in units of their bytes."""
+
+    seconds: float
+    memory: float
+    error: float
+    p99: float
+    pairs: float
+
+
+def _run(queue: Any, workload: str, n: int, causal: bool, method: Any, rows: int) -> None:
+    small = workloads.make(workload, 8192)
     ox.attention(*small, causal=causal, method=method)  # loads libraries and starts threads
     q, k, v = workloads.make(workload, n)
-    held = q.nbytes + k.nbytes + v.nbytes
-    queue.put(timed(lambda: ox.attention(q, k, v, causal=causal, method=method))[2] / held)
+    result, seconds, extra = timed(lambda: ox.attend(q, k, v, causal=causal, method=method))
+    found = audited(q, k, v, causal, result, rows)
+    memory = (extra or 0) / (q.nbytes + k.nbytes + v.nbytes)
+    queue.put(Fresh(seconds, memory, float(found.error[0]), found.per_query.p99, result.report.pairs))
 
 
-def peak_memory(workload: str, n: int, causal: bool, method: Any) -> float:
-    """High-water mark of a fresh process above its inputs, in units of the bytes of q, k and v."""
+def fresh(workload: str, n: int, causal: bool, method: Any, rows: int = 512) -> Fresh:
+    """Time, memory and error of one call in a fresh process."""
     context = get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_peak, args=(queue, workload, n, causal, method))
+    process = context.Process(target=_run, args=(queue, workload, n, causal, method, rows))
     process.start()
-    figure = queue.get()
+    figures = queue.get()
     process.join()
-    return figure
+    return figures
 
 
 def audited(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, result: Attention, rows: int = 512) -> ox.Audit:
