@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,9 @@ import opoch_xp as ox
 from opoch_xp import workloads
 from opoch_xp.attention import Attention
 from opoch_xp.backends.numpy import thread_count
+from opoch_xp.cli.tables import method_name
 from opoch_xp.measure import machine, timed
+from opoch_xp.methods import Method
 
 RESULTS = Path(__file__).with_name("results")
 SAMPLE = 4096  # query rows that a long exact run is extrapolated from
@@ -128,6 +131,7 @@ class Table:
         self.name, self.title, self.columns, self.rows = name, title, columns, []
         self.about = {
             "machine": machine(),
+            "date": date.today().isoformat(),
             "threads": thread_count(),
             "python": platform.python_version(),
             "numpy": np.__version__,
@@ -137,6 +141,7 @@ class Table:
         print(f"\n## {title}\n\n{where}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
     def add(self, *cells: Any) -> None:
+        cells = tuple(method_name(cell) if isinstance(cell, Method) else cell for cell in cells)
         shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         self.rows.append([cell if isinstance(cell, float | int) else str(cell) for cell in cells])
         print(f"| {' | '.join(shown)} |", flush=True)

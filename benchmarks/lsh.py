@@ -5,7 +5,8 @@ from common import Table, audited, median_seconds, timed_attend
 from threadpoolctl import threadpool_limits
 
 import opoch_xp as ox
-from opoch_xp.backends.numpy.pool import thread_count
+from opoch_xp.backends.numpy import thread_count
+from opoch_xp.cli.tables import method_name
 
 N = 1_000_000
 
@@ -22,8 +23,8 @@ def main() -> None:
     q, k, v = (unit(rng, 64) for _ in range(3))
     for method in (ox.LSH(bits=16, tables=8), ox.LSH(bits=12, tables=8)):
         seconds, result = timed_attend((q, k, v), False, method, 1)
-        table.add(f"attention, {method}, d = 64, not causal", seconds, float(audited(q, k, v, False, result).error[0]),
-                  result.report.pairs)  # fmt: skip
+        error = float(audited(q, k, v, False, result).error[0])
+        table.add(f"attention, {method_name(method)}, d = 64, not causal", seconds, error, result.report.pairs)
     for tables in (1, 8):
         planes = ox.random_hyperplanes(128, bits=16, tables=tables)
         q, k = unit(rng, 128), unit(rng, 128)

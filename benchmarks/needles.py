@@ -4,6 +4,7 @@ from common import Table, audited, timed_attend, torch_exact
 
 import opoch_xp as ox
 from opoch_xp import workloads
+from opoch_xp.cli.tables import method_name
 from opoch_xp.tune import ladder
 
 N = 65_536
@@ -22,9 +23,9 @@ def main() -> None:
         table.add(method, seconds, float(found.error[0]), found.per_query.p99, found.missed, result.report.pairs)
     for tol in (0.05, TOL, 0.3):
         method, found = ox.tune(q, k, v, causal=True, tol=tol)
-        walked = "; ".join(f"{rung.method} {rung.error:.3g}" for rung in found.ladder)
-        table.add(f"tune(tol={tol}) returns {method}, after {walked}", found.seconds, float(found.error[0]),
-                  found.per_query.p99, found.missed, "")  # fmt: skip
+        walked = "; ".join(f"{method_name(rung.method)} {rung.error:.3g}" for rung in found.ladder)
+        what = f"tune(tol={tol}) returns {method_name(method)}, after {walked}"
+        table.add(what, found.seconds, float(found.error[0]), found.per_query.p99, found.missed, "")
     table.save()
 
 
