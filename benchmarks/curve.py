@@ -7,19 +7,17 @@ from opoch_xp import workloads
 
 SETTINGS = (
     {},
-    *({"block": block} for block in (128, 512)),
+    {"block": 512},
     *({"fan": fan} for fan in (4, 8)),
     *({"leaf": leaf} for leaf in (4, 16)),
-    {"leaf": 16, "own": 4, "near": 8},
+    {"leaf": 16, "own": 4, "near": 16},
     {"branch": 4},
-    *({"top": top} for top in (8, 32)),
-    *({"group": group} for group in (32, 128)),
-    *({"open": number} for number in (16, 64)),
-    *({"near": near} for near in (8, 32)),
-    *({"own": own} for own in (4, 16)),
-    {"own": 0, "near": 32},
-    *({"iterations": iterations} for iterations in (0, 2, 4)),
-    {"open": 64, "near": 32, "own": 16},
+    *({"group": group} for group in (32, 64, 256)),
+    *({"open": number} for number in (32, 128)),
+    *({"near": near} for near in (16, 64)),
+    *({"own": own} for own in (0, 4, 16)),
+    *({"iterations": iterations} for iterations in (0, 2, 6)),
+    {"open": 32, "near": 16, "iterations": 2},
 )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     for name, method, seeds in METHODS:
         rows = [_measure(method(seed), (q, k, v), exact, weights, tokens) for seed in SEEDS[:seeds]]
         seconds, mean, worst, pairs, bits = (float(np.mean(column)) for column in zip(*rows, strict=True))
-        table.add(name, seeds, seconds, mean, worst, pairs, round(bits, 4), " ".join(f"{row[-1]:.4f}" for row in rows))
+        table.add(name, seeds, seconds, mean, worst, pairs, f"{bits:.4f}", " ".join(f"{row[-1]:.4f}" for row in rows))
     table.save()
 
 

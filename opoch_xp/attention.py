@@ -1,23 +1,17 @@
-"""The call: attention and attend check the arguments, choose a method, and run one kernel after another."""
+"""The call: attention and attend check the arguments, choose a method, run it and report."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 from warnings import warn
 
-import numpy as np
-from array_api_compat import device
-
 from opoch_xp.arguments import on_host, prepare, restore
-from opoch_xp.buckets import attend_buckets
-from opoch_xp.cost import predicted, visible_pairs
-from opoch_xp.forest import attend_treecode
-from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.audit import Audit, audit_solution
+from opoch_xp.cost import visible_pairs
+from opoch_xp.methods import Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
-
-if TYPE_CHECKING:
-    from opoch_xp.audit import Audit
+from opoch_xp.solve import check_method, choose, solve
+from opoch_xp.tune import climb
 
 Array = Any
 CHECK_ROWS = 32  # rows a head that an automatic choice is checked on: under 3% of the work at the crossover
@@ -42,7 +36,7 @@ class Report:
     rows: dict[str, float]
     exact_rows: float
     passes: tuple[str, ...]
-    audit: "Audit | None" = None
+    audit: Audit | None = None
 
     @property
     def pairs(self) -> float:
@@ -57,51 +51,6 @@ class Attention:
     out: Array
     lse: Array
     report: Report
-
-
-def _exact(problem: Problem, method: Exact) -> Solution:
-    out, lse = problem.kernels.exact_attention(
-        problem.q, problem.k, problem.v, causal=problem.causal, scale=problem.scale, mask=problem.mask
-    )
-    rows = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
-    return Solution(out, lse, {"local": rows})
-
-
-_SOLVERS: dict[type, Callable[[Problem, Any], Solution]] = {
-    Exact: _exact,
-    LSH: attend_buckets,
-    Treecode: attend_treecode,
-}
-
-
-def check_method(method: object) -> None:
-    """TypeError unless `method` is one of the methods."""
-    if type(method) not in _SOLVERS:
-        names = ", ".join(f"{kind.__name__}(...)" for kind in _SOLVERS)
-        raise TypeError(f"method must be one of {names}, got {method!r}")
-
-
-def solve(problem: Problem, method: Method) -> Solution:
-    """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays."""
-    xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
-    here = {"dtype": problem.q.dtype, "device": device(problem.q)}
-    if 0 in lead:
-        return Solution(xp.zeros((*lead, width), **here), xp.full(lead, -xp.inf, **here))
-    if width == 0:  # the lse is still wanted
-        solution = solve(replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), **here)), method)
-        return replace(solution, out=solution.out[..., :0])
-    with np.errstate(all="ignore"):  # infinite logits are meant, and what is not finite is seen in the output
-        return _SOLVERS[type(method)](problem, method)
-
-
-def choose(problem: Problem) -> tuple[Method, str]:
-    """Exact or Treecode(), whichever is predicted cheaper, and why."""
-    shape = problem.n_q, problem.n_k, problem.causal
-    exact = predicted(*shape, Exact(), problem.kernels.COST)
-    tree = predicted(*shape, Treecode(), problem.kernels.COST)
-    method: Method = Treecode() if tree < exact else Exact()
-    figures = f"per head, in dot products of exact attention: Exact {exact:.3g}, Treecode {tree:.3g}"
-    return method, f"chosen by predicted cost ({figures})"
 
 
 def attend(
@@ -168,7 +117,7 @@ def attend(
 
 def _result(
     problem: Problem, solution: Solution, q: Array, v: Array, method: Method, reason: str, passes: list[str],
-    audit: "Audit | None",
+    audit: Audit | None,
 ) -> Attention:  # fmt: skip
     exact = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
     report = Report(method, reason, solution.rows, exact, tuple(passes), audit)
@@ -183,9 +132,7 @@ def _frames_to_caller() -> int:
     return level
 
 
-def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> "Audit":
-    from opoch_xp.audit import audit_solution
-
+def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> Audit:
     audit = audit_solution(problem, solution, method, tuple(q.shape[:-2]), rows=CHECK_ROWS, seed=0)
     if audit.worst > WARN_ABOVE:
         warn(
@@ -198,8 +145,6 @@ def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> 
 
 
 def _within(tol: float, problem: Problem, q: Array, v: Array) -> Attention:
-    from opoch_xp.tune import climb
-
     method, audit, solution = climb(problem, tol, tuple(q.shape[:-2]))
     passes = [rung.passes for rung in audit.ladder]
     return _result(problem, solution, q, v, method, f"the cheapest rung of the ladder within tol={tol}", passes, audit)

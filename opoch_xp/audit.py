@@ -8,12 +8,12 @@ import numpy as np
 from array_api_compat import device
 
 from opoch_xp.arguments import prepare, restore
-from opoch_xp.attention import Attention, check_method, choose, solve
 from opoch_xp.methods import Method
 from opoch_xp.problem import Problem, Solution
+from opoch_xp.solve import check_method, choose, solve
 
 if TYPE_CHECKING:
-    from opoch_xp.tune import Rung
+    from opoch_xp.attention import Attention
 
 Array = Any
 RESAMPLES = 1000  # of the bootstrap: its percentiles are good to about a tenth of the interval's width
@@ -29,6 +29,22 @@ class PerQuery:
     p50: float
     p99: float
     max: float
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One method tried: the upper end of its error's 95% interval on the worst head, what it took, whether it stayed
+    within tol, on how many queries it was tried."""
+
+    method: Method
+    error: float
+    seconds: float
+    passed: bool
+    queries: int
+
+    @property
+    def passes(self) -> str:
+        return f"{self.method!r} on {self.queries} queries: error {self.error:.3g}, {self.seconds:.3g} s"
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ class Audit:
     seed: int
     method: Method
     seconds: float = 0.0
-    ladder: "tuple[Rung, ...]" = ()
+    ladder: tuple[Rung, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -165,7 +181,7 @@ def audit(
     key_mask: Array | None = None,
     backend: str | None = None,
     check_finite: bool | None = None,
-    output: Attention | None = None,
+    output: "Attention | None" = None,
 ) -> Audit:
     """Error of a method on this input, on `rows` sampled rows a head: the method runs in full, the rows exactly.
 

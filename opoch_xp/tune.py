@@ -1,36 +1,20 @@
 """Tune: walk a ladder of methods from cheap to dear, by measurement, up to the first within tol."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log2
 from time import perf_counter
 from typing import Any
 
 from opoch_xp.arguments import prepare
-from opoch_xp.attention import solve
-from opoch_xp.audit import Audit, audit_solution, check_rows
+from opoch_xp.audit import Audit, Rung, audit_solution, check_rows
 from opoch_xp.cost import predicted
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
+from opoch_xp.solve import solve
 
 Array = Any
 TRIAL_QUERIES = 16_384  # rungs are tried on the last of so many queries, against all keys
 ROWS = 256
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One method tried: the upper end of its error's 95% interval on the worst head, what it took, whether it stayed
-    within tol, on how many queries it was tried."""
-
-    method: Method
-    error: float
-    seconds: float
-    passed: bool
-    queries: int
-
-    @property
-    def passes(self) -> str:
-        return f"{self.method!r} on {self.queries} queries: error {self.error:.3g}, {self.seconds:.3g} s"
 
 
 def ladder(n_k: int) -> tuple[Method, ...]:

@@ -13,8 +13,8 @@ from inputs import MANY, clustered, qkv
 import opoch_xp as ox
 from opoch_xp import Exact, Treecode
 from opoch_xp.arguments import prepare
-from opoch_xp.attention import choose
 from opoch_xp.cost import Cost, predicted
+from opoch_xp.solve import choose
 from opoch_xp.tune import ladder
 
 pytestmark = pytest.mark.dynamic_shapes  # of the ladder's LSH

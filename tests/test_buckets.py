@@ -15,7 +15,8 @@ from inputs import Call, calls, clustered, qkv
 
 import opoch_xp as ox
 from opoch_xp import LSH, Exact
-from opoch_xp.buckets import Buckets, bucket_limit
+from opoch_xp.buckets import Buckets
+from opoch_xp.lsh import bucket_limit
 
 pytestmark = pytest.mark.dynamic_shapes
 Result = tuple[np.ndarray, np.ndarray, np.ndarray]  # out, lse, read

@@ -1,0 +1,59 @@
+"""Solve: a Problem by a method, and the choice of one by predicted cost."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from array_api_compat import device
+
+from opoch_xp.cost import predicted, visible_pairs
+from opoch_xp.forest import attend_treecode
+from opoch_xp.lsh import attend_buckets
+from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.problem import Problem, Solution
+
+
+def _exact(problem: Problem, method: Exact) -> Solution:
+    out, lse = problem.kernels.exact_attention(
+        problem.q, problem.k, problem.v, causal=problem.causal, scale=problem.scale, mask=problem.mask
+    )
+    rows = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
+    return Solution(out, lse, {"local": rows})
+
+
+_SOLVERS: dict[type, Callable[[Problem, Any], Solution]] = {
+    Exact: _exact,
+    LSH: attend_buckets,
+    Treecode: attend_treecode,
+}
+
+
+def check_method(method: object) -> None:
+    """TypeError unless `method` is one of the methods."""
+    if type(method) not in _SOLVERS:
+        names = ", ".join(f"{kind.__name__}(...)" for kind in _SOLVERS)
+        raise TypeError(f"method must be one of {names}, got {method!r}")
+
+
+def solve(problem: Problem, method: Method) -> Solution:
+    """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays."""
+    xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
+    here = {"dtype": problem.q.dtype, "device": device(problem.q)}
+    if 0 in lead:
+        return Solution(xp.zeros((*lead, width), **here), xp.full(lead, -xp.inf, **here))
+    if width == 0:  # the lse is still wanted
+        solution = solve(replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), **here)), method)
+        return replace(solution, out=solution.out[..., :0])
+    with np.errstate(all="ignore"):  # infinite logits are meant, and what is not finite is seen in the output
+        return _SOLVERS[type(method)](problem, method)
+
+
+def choose(problem: Problem) -> tuple[Method, str]:
+    """Exact or Treecode(), whichever is predicted cheaper, and why."""
+    shape = problem.n_q, problem.n_k, problem.causal
+    exact = predicted(*shape, Exact(), problem.kernels.COST)
+    tree = predicted(*shape, Treecode(), problem.kernels.COST)
+    method: Method = Treecode() if tree < exact else Exact()
+    figures = f"per head, in dot products of exact attention: Exact {exact:.3g}, Treecode {tree:.3g}"
+    return method, f"chosen by predicted cost ({figures})"
