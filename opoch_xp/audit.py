@@ -152,6 +152,17 @@ def audit_solution(
     )
 
 
+def audit_method(
+    problem: Problem, method: Method, lead: tuple[int, ...], rows: int, seed: int
+) -> tuple[Audit, Solution]:
+    """Run a method in full, timed, and audit it: the audit and the solution."""
+    start = perf_counter()
+    solution = solve(problem, method)
+    problem.kernels.synchronize(solution.out)
+    seconds = perf_counter() - start
+    return audit_solution(problem, solution, method, lead, rows=rows, seed=seed, seconds=seconds), solution
+
+
 def _ratio(wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Relative error; an exact output of zeros that is met counts as no error, one that is not as one without bound."""
     with np.errstate(all="ignore"):
@@ -216,11 +227,7 @@ def audit(
         return audit_solution(problem, given, output.report.method, lead, rows=rows, seed=seed)
     if method is None:
         method, _ = choose(problem)
-    start = perf_counter()
-    solution = solve(problem, method)
-    problem.kernels.synchronize(solution.out)
-    seconds = perf_counter() - start
-    return audit_solution(problem, solution, method, lead, rows=rows, seed=seed, seconds=seconds)
+    return audit_method(problem, method, lead, rows, seed)[0]
 
 
 def exact_rows(

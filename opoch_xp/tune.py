@@ -2,15 +2,13 @@
 
 from dataclasses import replace
 from math import log2
-from time import perf_counter
 from typing import Any
 
 from opoch_xp.arguments import prepare
-from opoch_xp.audit import Audit, Rung, audit_solution, check_rows
+from opoch_xp.audit import Audit, Rung, audit_method, check_rows
 from opoch_xp.cost import predicted
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
-from opoch_xp.solve import solve
 
 Array = Any
 TRIAL_QUERIES = 16_384  # rungs are tried on the last of so many queries, against all keys
@@ -46,24 +44,16 @@ def climb(
         if isinstance(method, Treecode) and predicted(*shape, method, cost) >= exact:
             continue  # dearer than exact attention
         for part in (trial, problem) if trial is not problem else (problem,):
-            audit, solution = _tried(part, method, lead, rows, seed)
+            audit, solution = audit_method(part, method, lead, rows, seed)
             passed = audit.worst <= tol
             rungs.append(Rung(method, audit.worst, audit.seconds, passed, part.n_q))
             if not passed:
                 break
         else:
             return method, replace(audit, ladder=tuple(rungs)), solution
-    audit, solution = _tried(problem, Exact(), lead, rows, seed)
+    audit, solution = audit_method(problem, Exact(), lead, rows, seed)
     rungs.append(Rung(Exact(), audit.worst, audit.seconds, True, problem.n_q))
     return Exact(), replace(audit, ladder=tuple(rungs)), solution
-
-
-def _tried(problem: Problem, method: Method, lead: tuple[int, ...], rows: int, seed: int) -> tuple[Audit, Solution]:
-    start = perf_counter()
-    solution = solve(problem, method)
-    problem.kernels.synchronize(solution.out)
-    seconds = perf_counter() - start
-    return audit_solution(problem, solution, method, lead, rows=rows, seed=seed, seconds=seconds), solution
 
 
 def tune(
