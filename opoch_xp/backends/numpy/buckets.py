@@ -15,14 +15,12 @@ batch, g queries and m keys a tile.
 """
 
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
 import numpy as np
 
 from opoch_xp.backends.numpy.bucket_tables import TILE, Table, cut_tasks, runs, sort_table, stable_order
 from opoch_xp.backends.numpy.mean_field import mean_field, past_mean
-from opoch_xp.backends.numpy.pool import run
+from opoch_xp.backends.numpy.pool import Buffers, run
 
 Array = np.ndarray
 
@@ -138,19 +136,6 @@ def _widths(m: Array, cost: int) -> Array:
         if counts[small] * (WIDTHS[target[small + 1]] - WIDTHS[small]) * cost <= WASTE:
             target[small] = target[small + 1]
     return WIDTHS[target][place]
-
-
-class Buffers:
-    """Scratch arrays of one task by name, grown as needed: fresh memory for every batch would cost page faults."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, Array] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        size = prod(shape)
-        if name not in self.arrays or self.arrays[name].size < size:
-            self.arrays[name] = np.empty(size, dtype=dtype)
-        return self.arrays[name][:size].reshape(shape)
 
 
 def _batch(

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
+from math import prod
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -108,3 +109,16 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Resul
                 for future in [pool.submit(work) for _ in range(workers)]:
                     future.result()
     return results
+
+
+class Buffers:
+    """Scratch arrays of one thread or task by name, grown as needed: fresh memory a batch would cost page faults."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        size = prod(shape)
+        if name not in self.arrays or self.arrays[name].size < size:
+            self.arrays[name] = np.empty(size, dtype=dtype)
+        return self.arrays[name][:size].reshape(shape)

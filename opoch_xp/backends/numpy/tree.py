@@ -11,23 +11,20 @@ cells of each query by sorting and comparing with a threshold 27, by argpartitio
 """
 
 from itertools import pairwise
-from math import prod
 from threading import local
 from typing import Any
 
 import numpy as np
 
 from opoch_xp.backends.generic import tree as generic
-from opoch_xp.backends.numpy.pool import run
+from opoch_xp.backends.numpy.pool import Buffers, run
 from opoch_xp.backends.numpy.split import principal_order
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
 
 CACHED = 8192  # keys summarised at a time: 4 MB with their values at d = 64
-QUERIES, BATCH = (
-    512,
-    8,
-)  # queries, and groups at the most, attended at a time: 10 MB of scratch a thread with the defaults
+QUERIES = 512  # attended at a time: 10 MB of scratch a thread with the defaults
+BATCH = 8  # groups attended at a time, at the most
 OWN_ROWS = 64  # queries whose own cells are gathered at a time: 2 MB with the defaults
 LOW, HIGH = 1e-20, 1e30  # sums of weights outside, relative to the top level's, are done again with a maximum
 
@@ -189,10 +186,9 @@ class _Groups:
 
     def buffer(self, name: str, *shape: int) -> np.ndarray:
         """Uninitialised memory of this thread, kept from batch to batch."""
-        held, size = self.scratch.__dict__, prod(shape)
-        if name not in held or held[name].size < size:
-            held[name] = np.empty(size, self.cells.dtype)
-        return held[name][:size].reshape(shape)
+        if not hasattr(self.scratch, "buffers"):
+            self.scratch.buffers = Buffers()
+        return self.scratch.buffers(name, shape, self.cells.dtype)
 
     def gather(self, name: str, rows: np.ndarray, index: np.ndarray, width: int) -> np.ndarray:
         """rows[index] for index (G, k), each row cut into pieces of `width`: (G, k * pieces, width)."""
