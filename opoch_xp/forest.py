@@ -108,67 +108,115 @@ def attend_treecode(problem: Problem, method: Treecode) -> Solution:
 
 def _local_parts(problem: Problem, method: Treecode) -> Iterator[Part]:
     """Exact parts: causal, each query against its own block; otherwise, against the keys after the last block."""
-    xp, block, n_k = problem.xp, method.block, problem.n_k
-    exact, q, k, v, mask = problem.kernels.exact_attention, problem.q, problem.k, problem.v, problem.mask
-    batch, repeat, n_q, dim = q.shape
+    exact, mask, batch = problem.kernels.exact_attention, problem.mask, problem.q.shape[0]
     if not problem.causal:
-        rest = n_k // block * block
-        kept = None if mask is None else mask[:, rest:]
-        if rest < n_k:
-            yield 0, exact(q, k[:, rest:, :], v[:, rest:, :], causal=False, scale=problem.scale, mask=kept)
+        rest = slice(problem.n_k // method.block * method.block, problem.n_k)
+        kept = None if mask is None else mask[:, rest]
+        if rest.start < rest.stop:
+            k, v = problem.k[:, rest, :], problem.v[:, rest, :]
+            yield 0, exact(problem.q, k, v, causal=False, scale=problem.scale, mask=kept)
         return
-    shift = n_q - n_k  # row of the query at position 0
-    for piece in segments(max(0, -shift), n_k, block):
-        # a head ends with its block, a tail with the keys: bottom-right alignment is right for every piece
-        keys = min(block, piece.stop - piece.chunk * block)
-        span = slice(piece.chunk * block, piece.chunk * block + piece.chunks * keys)
-        lead, rows = batch * piece.chunks, piece.rows
-        queries = xp.reshape(
-            q[:, :, piece.start + shift : piece.stop + shift, :], (batch, repeat, piece.chunks, rows, dim)
-        )
+    for blocks in local_blocks(problem.n_q, problem.n_k, method):
         out, lse = exact(
-            xp.reshape(xp.permute_dims(queries, (0, 2, 1, 3, 4)), (lead, repeat, rows, dim)),
-            xp.reshape(k[:, span, :], (lead, keys, dim)),
-            xp.reshape(v[:, span, :], (lead, keys, v.shape[-1])),
+            blocks.of_queries(problem.xp, problem.q),
+            blocks.of_keys(problem.xp, problem.k),
+            blocks.of_keys(problem.xp, problem.v),
             causal=True,
             scale=problem.scale,
-            mask=None if mask is None else xp.reshape(mask[:, span], (lead, keys)),
+            mask=None if mask is None else blocks.of_keys(problem.xp, mask),
         )
-        out = xp.permute_dims(xp.reshape(out, (batch, piece.chunks, repeat, rows, v.shape[-1])), (0, 2, 1, 3, 4))
-        lse = xp.permute_dims(xp.reshape(lse, (batch, piece.chunks, repeat, rows)), (0, 2, 1, 3))
-        yield piece.start + shift, _joined(xp, out, lse)
+        yield blocks.rows.start, (blocks.joined(problem.xp, out, batch), blocks.joined(problem.xp, lse, batch))
 
 
-def _joined(xp: Any, out: Array, lse: Array) -> tuple[Array, Array]:
-    """(batch, repeat, chunks, rows, e) and (batch, repeat, chunks, rows) with chunks and rows in one axis."""
-    batch, repeat, chunks, rows, width = out.shape
-    return xp.reshape(out, (batch, repeat, chunks * rows, width)), xp.reshape(lse, (batch, repeat, chunks * rows))
+@dataclass(frozen=True)
+class Blocks:
+    """`chunks` equal runs of queries, rows `rows`, each against the keys of its own block, `keys`."""
+
+    rows: slice
+    keys: slice
+    chunks: int
+
+    def of_queries(self, xp: Any, x: Array) -> Array:
+        """The rows of x (batch, repeat, n_q, ...) as (batch * chunks, repeat, rows, ...)."""
+        x = x[:, :, self.rows, ...]
+        batch, repeat, _, *rest = x.shape
+        x = xp.reshape(x, (batch, repeat, self.chunks, -1, *rest))
+        x = xp.permute_dims(x, (0, 2, 1, *range(3, x.ndim)))
+        return xp.reshape(x, (batch * self.chunks, *x.shape[2:]))
+
+    def of_keys(self, xp: Any, x: Array) -> Array:
+        """The keys of x (batch, n_k, ...) as (batch * chunks, keys, ...)."""
+        return xp.reshape(x[:, self.keys, ...], (x.shape[0] * self.chunks, -1, *x.shape[2:]))
+
+    def joined(self, xp: Any, x: Array, batch: int) -> Array:
+        """of_queries undone: (batch * chunks, repeat, rows, ...) as (batch, repeat, chunks * rows, ...)."""
+        _, repeat, rows, *rest = x.shape
+        x = xp.reshape(x, (batch, self.chunks, repeat, rows, *rest))
+        x = xp.permute_dims(x, (0, 2, 1, *range(3, x.ndim)))
+        return xp.reshape(x, (batch, repeat, self.chunks * rows, *rest))
+
+
+def local_blocks(n_q: int, n_k: int, method: Treecode) -> Iterator[Blocks]:
+    """Causal: the queries by block. A head ends with its block and a tail with the keys, so that the last query of
+    every run sees the last key of its own."""
+    shift = n_q - n_k  # row of the query at position 0
+    for piece in segments(max(0, -shift), n_k, method.block):
+        start = piece.chunk * method.block
+        keys = min(method.block, piece.stop - start)
+        rows = slice(piece.start + shift, piece.stop + shift)
+        yield Blocks(rows, slice(start, start + piece.chunks * keys), piece.chunks)
 
 
 def _tier_parts(problem: Problem, method: Treecode, tier: Tier) -> Iterator[Part]:
     """Parts of one tier: the queries of each piece against the trees of the chunks they may see."""
-    xp, size, fan = problem.xp, tier.size, method.fan
+    xp, batch, repeat = problem.xp, problem.q.shape[0], problem.q.shape[1]
+    k, v, mask = tier_keys(problem, tier)
+    tree = problem.kernels.build_tree(k, v, key_axes(tier, method, k.shape[-1]), method, mask=mask)
+    for runs in tier_runs(problem, method, tier):
+        out, lse = problem.kernels.tree_attention(
+            runs.of_queries(xp, problem.q), tree, runs.first, runs.count, runs.axes, method, scale=problem.scale
+        )
+        shape = (batch, repeat, runs.rows.stop - runs.rows.start)
+        yield runs.rows.start, (xp.reshape(out, (*shape, out.shape[-1])), xp.reshape(lse, shape))
+
+
+def tier_keys(problem: Problem, tier: Tier) -> tuple[Array, Array, Array | None]:
+    """Keys, values and mask of a tier's chunks: (batch * chunks, size, ...)."""
+    keys, shape = slice(tier.low * tier.size, tier.high * tier.size), (-1, tier.size)
+    k, v, mask = problem.k[:, keys, :], problem.v[:, keys, :], problem.mask
+    k, v = (problem.xp.reshape(x, (*shape, x.shape[-1])) for x in (k, v))
+    return k, v, None if mask is None else problem.xp.reshape(mask[:, keys], shape)
+
+
+def key_axes(tier: Tier, method: Treecode, dim: int) -> np.ndarray:
+    """Where the power iterations start that split the keys of a tier."""
+    return directions(method.seed, tier.number, KEYS, splits(tier.size, method.leaf), dim)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """`tasks` equal runs of queries, rows `rows` of each head, head by head; task t reads the chunks of its tier's tree
+    from first[t] on, count[t] of them. axes: where the power iterations start that group the queries."""
+
+    rows: slice
+    tasks: int
+    first: np.ndarray
+    count: np.ndarray
+    axes: np.ndarray
+
+    def of_queries(self, xp: Any, x: Array) -> Array:
+        """The rows of x (batch, repeat, n_q, ...) as (tasks, rows of each, ...)."""
+        return xp.reshape(x[:, :, self.rows, ...], (self.tasks, -1, *x.shape[3:]))
+
+
+def tier_runs(problem: Problem, method: Treecode, tier: Tier) -> Iterator[Runs]:
+    """The queries of each piece of a tier, and the chunks they may see."""
     batch, repeat, n_q, dim = problem.q.shape
-    shift, built, keys = n_q - problem.n_k, tier.high - tier.low, slice(tier.low * size, tier.high * size)
-    tree = problem.kernels.build_tree(
-        xp.reshape(problem.k[:, keys, :], (batch * built, size, dim)),
-        xp.reshape(problem.v[:, keys, :], (batch * built, size, problem.v.shape[-1])),
-        directions(method.seed, tier.number, KEYS, splits(size, method.leaf), dim),
-        method,
-        mask=None if problem.mask is None else xp.reshape(problem.mask[:, keys], (batch * built, size)),
-    )
+    shift, built = n_q - problem.n_k, tier.high - tier.low
     offset = np.arange(batch).repeat(repeat)[:, None] * built - tier.low  # of each query head's first chunk
     for piece in tier.pieces:
         place = np.arange(piece.chunk, piece.chunk + piece.chunks)
-        queries = problem.q[:, :, piece.start + shift : piece.stop + shift, :]
-        out, lse = problem.kernels.tree_attention(
-            xp.reshape(queries, (batch * repeat * piece.chunks, piece.rows, dim)),
-            tree,
-            (offset + place // fan * fan).reshape(-1),
-            np.tile(place % fan, batch * repeat),
-            directions(method.seed, tier.number, QUERIES, splits(piece.rows, method.group), dim),
-            method,
-            scale=problem.scale,
-        )
-        lead = (batch, repeat, piece.chunks, piece.rows)
-        yield piece.start + shift, _joined(xp, xp.reshape(out, (*lead, out.shape[-1])), xp.reshape(lse, lead))
+        first = (offset + place // method.fan * method.fan).reshape(-1)
+        axes = directions(method.seed, tier.number, QUERIES, splits(piece.rows, method.group), dim)
+        rows = slice(piece.start + shift, piece.stop + shift)
+        yield Runs(rows, len(first), first, np.tile(place % method.fan, batch * repeat), axes)

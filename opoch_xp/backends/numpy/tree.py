@@ -154,7 +154,9 @@ def query_groups(queries: np.ndarray, axes: Any, method: Treecode) -> np.ndarray
     rows = np.zeros((tasks, padded, dim), queries.dtype)
     rows[:, :n] = queries
     kept = np.broadcast_to(np.arange(padded) < n, (tasks, padded))
-    return principal_order(rows, axes, method.iterations, kept)[:, : total * size]
+    order = principal_order(rows, axes, method.iterations, kept)[:, : total * size]
+    order[:, -size:].sort(1)  # padding last: its numbers are the largest
+    return order
 
 
 def _finite(queries: np.ndarray) -> np.ndarray:
