@@ -54,14 +54,14 @@ def build_tree(
         for level, summary in enumerate(summaries):
             below = cells[some] if level == 0 else summaries[level - 1][some]
             below = below.view(len(below), levels[level], -1, below.shape[2])
-            share = _shares(level, counts, kept, some, below.shape[:3])
+            share = shares(level, counts, kept, some, below.shape[:3])
             width = dim if level == 0 else 2 * dim
             var = None if level == 0 else below[..., dim:width]
             _summarise(below[..., :dim], var, below[..., width:], share, summary[some])
     return Tree(cells, order, summaries, tuple(size // nodes for nodes in levels), counts, kept, dim)
 
 
-def _shares(
+def shares(
     level: int, counts: tuple[Tensor, ...] | None, kept: Tensor | None, some: slice, shape: torch.Size
 ) -> Tensor | float:
     """What each child weighs in its node, (chunks, nodes, children, 1): its part of the node's keys."""
@@ -166,16 +166,19 @@ def _together(rows: int, chunks: int, tree: Tree, method: Treecode) -> int:
 class Level:
     """Candidate nodes of one level. Groups and nodes as in `Groups`.
 
-    candidates (G, m), numbered from the run's first chunk; rows (G, m, 2 d + e), their summaries; half (G, m, g) =
-    sigma^2 / 2; weight (G, m, g) = exp(mass - top), top (G, 1, g); pick (G, k): places of the nodes that are opened;
+    family (G, k): rows of `Groups.families` that hold them; candidates (G, m), numbered from the run's first chunk;
+    rows (G, m, 2 d + e), their summaries; half (G, m, g) = sigma^2 / 2; limit: ln of their counts, (G, m, 1) or one for
+    all, None where no node is frozen; weight (G, m, g) = exp(mass - top), top (G, 1, g); pick (G, k): places of the nodes that are opened;
     own (G, g, o): of each query's own cells, at the finest level.
     The arrays are scratch: they last until the next level is asked for.
     """
 
     number: int
+    family: Tensor
     candidates: Tensor
     rows: Tensor
     half: Tensor
+    limit: Tensor | float | None
     weight: Tensor
     top: Tensor
     pick: Tensor | None = None
@@ -224,9 +227,9 @@ class Groups:
             rows = rows.view(len(scaled), -1, self.width + self.tree.dim)  # (G, m, 2 d + e)
             below = torch.arange(self.children[number], device=scaled.device)
             candidates = (opened[:, :, None] * self.children[number] + below).reshape(len(scaled), -1)
-            mass, half = self.log_mass(number, rows, turned, square, candidates, batch)
+            mass, half, limit = self.log_mass(number, rows, turned, square, candidates, batch)
             weight, top = weights_(mass)
-            level = Level(number, candidates, rows, half, weight, top)
+            level = Level(number, family, candidates, rows, half, limit, weight, top)
             width = min(self.method.open if number else self.method.near, candidates.shape[1])
             if lists is None:
                 total = weight.sum(1, keepdim=True).log_().add_(top).clamp_min_(torch.finfo(top.dtype).min)
@@ -244,8 +247,8 @@ class Groups:
 
     def log_mass(
         self, number: int, rows: Tensor, turned: Tensor, square: Tensor, candidates: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Log mass (G, m, g) of the nodes of `rows`, and sigma^2 / 2; see opoch_xp.backends.generic.tree.log_mass."""
+    ) -> tuple[Tensor, Tensor, Tensor | float | None]:
+        """Log mass (G, m, g) of the nodes of `rows`, sigma^2 / 2, and `Level.limit`; see generic.tree.log_mass."""
         dim, shape = self.tree.dim, (*rows.shape[:2], turned.shape[2])
         half = torch.bmm(rows[..., dim : 2 * dim], square, out=self.scratch("half", *shape))
         mass = self.scratch("mass", *shape)
@@ -254,12 +257,12 @@ class Groups:
             if half.device.type == "cpu" and bool(half.max() <= limit):  # no node is frozen
                 torch.bmm(rows[..., :dim], turned, out=mass)
                 mass.add_(half).add_(limit)
-                return mass, half
+                return mass, half, None
         else:
             count = self.counts[number][candidates + batch.first[:, None] * self.nodes[number]]
             limit = torch.where(count > 0, count.log(), -torch.inf)[..., None]  # (G, m, 1)
         torch.bmm(rows[..., :dim], turned, out=mass)
-        return mass.add_(self.energy(half, limit)), half
+        return mass.add_(self.energy(half, limit)), half, limit
 
     def energy(self, half: Tensor, limit: Any) -> Tensor:
         """Free energy of n = exp(limit) Gaussian energies, half = sigma^2 / 2; -inf for n = 0. Derrida, 1981.
