@@ -44,6 +44,10 @@ def _names(arrays: dict[str, Array]) -> str:
 
 
 def _check_kind(**arrays: Array) -> None:
+    for name, array in arrays.items():  # of PyTorch
+        layout = "nested" if getattr(array, "is_nested", False) else str(getattr(array, "layout", "torch.strided"))
+        if layout != "torch.strided":
+            raise TypeError(f"{name} must be a dense array, got one that is {layout.removeprefix('torch.')}")
     dtypes = {name: dtype_name(array) for name, array in arrays.items()}
     for name, dtype in dtypes.items():
         if dtype not in DTYPES:
@@ -107,6 +111,26 @@ def _check_finite(xp: Any, name: str, array: Array) -> None:
     )
 
 
+def check_arrays(q: Array, k: Array, v: Array, key_mask: Array | None) -> Any:
+    """The namespace of arrays that fit together, by their kinds and shapes; otherwise TypeError or ValueError."""
+    xp = namespace_of(q=q, k=k, v=v)
+    _check_kind(q=q, k=k, v=v)
+    _check_shapes(q, k, v)
+    if key_mask is not None:
+        _check_mask(xp, key_mask, k)
+    return xp
+
+
+def check_scale(scale: float | None, dim: int) -> float:
+    """The scale given, or dim ** -0.5; TypeError or ValueError where it is no finite number."""
+    scale = dim**-0.5 if scale is None else scale
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale must be a finite number, got {scale!r}")
+    if not abs(float(scale)) < float("inf"):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return float(scale)
+
+
 def prepare(
     q: Array,
     k: Array,
@@ -119,20 +143,13 @@ def prepare(
     check_finite: bool | None = None,
 ) -> Problem:
     """The Problem that the arguments pose, or TypeError or ValueError in the caller's words."""
-    xp = namespace_of(q=q, k=k, v=v)
-    _check_kind(q=q, k=k, v=v)
-    _check_shapes(q, k, v)
+    xp = check_arrays(q, k, v, key_mask)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
     kernels = kernels_for(xp, backend)
-    if key_mask is not None:
-        _check_mask(xp, key_mask, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale must be a finite number, got {scale!r}")
-    scale = float(scale)
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"scale must be a finite number, got {scale}")
+    scale = check_scale(scale, q.shape[-1])
+    if kernels.name != "generic" and hasattr(q, "detach"):  # kernels write in place: gradients are opoch_xp.graphs'
+        q, k, v = q.detach(), k.detach(), v.detach()
 
     accumulate = xp.float64 if dtype_name(q) == "float64" else xp.float32
     key_heads = 1

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 from warnings import warn
 
-from opoch_xp.arguments import on_host, prepare, restore
+from opoch_xp.arguments import check_scale, on_host, prepare, restore
 from opoch_xp.audit import Audit, audit_solution
 from opoch_xp.cost import visible_pairs
-from opoch_xp.methods import Exact, Method, Treecode
+from opoch_xp.graphs import follower
+from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import check_method, choose, solve
 from opoch_xp.tune import climb
@@ -27,16 +28,22 @@ class Report:
     """What a call did: the method, why it was chosen, what it read and what it measured on the way.
 
     rows: rows a query read, mean, by part: "local" (exact, own block or all keys), "far" (summaries of nodes), "near"
-    (keys, for the whole group), "own" (keys, for the query). exact_rows: rows exact attention would have read. pairs:
+    (keys, for the whole group), "own" (keys, for the query). `read` holds the same as arrays of the device where they
+    are known there alone; asking for `rows` or `pairs` fetches them. method: None where a compiler saw the call before
+    it had a shape to choose by. exact_rows: rows exact attention would have read. pairs:
     their share, which passes 1 where a method reads more than exact does. passes: every pass made over the input.
     """
 
-    method: Method
+    method: Method | None
     reason: str
-    rows: dict[str, float]
+    read: dict[str, Any]
     exact_rows: float
     passes: tuple[str, ...]
     audit: Audit | None = None
+
+    @property
+    def rows(self) -> dict[str, float]:
+        return {part: float(rows) for part, rows in self.read.items()}
 
     @property
     def pairs(self) -> float:
@@ -97,31 +104,57 @@ def attend(
         raise TypeError(f"give method or tol, not both; got method={method!r} and tol={tol!r}")
     if method is not None:
         check_method(method)
+    graph = follower(q, k, v) if backend in (None, "torch") else None
+    if graph is not None:
+        q, k, v = graph.cast(q, k, v)
+        if graph.opaque(q, k, v):
+            refused = {"tol": tol, "check": check, "check_finite": check_finite}
+            return _unseen(graph, q, k, v, causal, scale, key_mask, method, refused)
     problem = prepare(
         q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend, check_finite=check_finite
     )
+    passes: list[str] = []
+    audit, solution, reason, chosen = None, None, "named by the caller", method is None
     if tol is not None:
-        return _within(tol, problem, q, v)
-    reason, chosen = "named by the caller", method is None
-    if method is None:
+        method, audit, solution = climb(problem, tol, tuple(q.shape[:-2]))
+        reason, passes = f"the cheapest rung of the ladder within tol={tol}", [rung.passes for rung in audit.ladder]
+    elif method is None:
         method, reason = choose(problem)
-    solution = solve(problem, method)
-    audit, passes = None, [f"{method!r} on all rows"]
-    if chosen and isinstance(method, Treecode) and check is None:
+    assert method is not None  # by now
+    if graph is not None:
+        out, lse, figures = graph.attend(q, k, v, key_mask, problem.causal, problem.scale, graph.numbers(method))
+        solution = graph.solution(problem, method, out, lse, figures)
+        passes.append(f"{method!r} on all rows, to be differentiated")
+    else:
+        if solution is None:
+            solution = solve(problem, method)
+            passes.append(f"{method!r} on all rows")
+        out, lse = restore(q, v, solution.out, solution.lse, problem.xp)
+    if chosen and tol is None and isinstance(method, Treecode) and check is None:
         check = on_host(problem.xp, q)
-    if check and not isinstance(method, Exact) and problem.n_q:
+    if check and tol is None and not isinstance(method, Exact) and problem.n_q:
         audit = _checked(problem, method, solution, q)
         passes.append(f"Exact() on {audit.rows} rows a head")
-    return _result(problem, solution, q, v, method, reason, passes, audit)
-
-
-def _result(
-    problem: Problem, solution: Solution, q: Array, v: Array, method: Method, reason: str, passes: list[str],
-    audit: Audit | None,
-) -> Attention:  # fmt: skip
     exact = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
-    report = Report(method, reason, solution.rows, exact, tuple(passes), audit)
-    return Attention(*restore(q, v, solution.out, solution.lse, problem.xp), report)
+    return Attention(out, lse, Report(method, reason, solution.rows, exact, tuple(passes), audit))
+
+
+def _unseen(
+    graph: Any, q: Array, k: Array, v: Array, causal: bool, scale: float | None, key_mask: Array | None,
+    method: Method | None, refused: dict[str, Any],
+) -> Attention:  # fmt: skip
+    """The call where no number can be looked at: compiled, batched by a transformation, or shapes alone."""
+    for name, value in refused.items():
+        if value:
+            raise ValueError(
+                f"{name} must look at numbers, which compiled, batched and meta arrays do not show; got {name}={value}:"
+                " measure outside, with opoch_xp.tune or opoch_xp.audit, and name the method here"
+            )
+    scale = check_scale(scale, q.shape[-1])
+    out, lse, figures = graph.attend(q, k, v, key_mask, bool(causal), scale, graph.numbers(method))
+    exact = visible_pairs(q.shape[-2], k.shape[-2], causal) / max(q.shape[-2], 1)
+    read = {"near": figures[0], "far": figures[1]} if isinstance(method, LSH) else {}
+    return Attention(out, lse, Report(method, "as one operator", read, exact, ("one operator",)))
 
 
 def _frames_to_caller() -> int:
@@ -142,12 +175,6 @@ def _checked(problem: Problem, method: Method, solution: Solution, q: Array) -> 
             stacklevel=_frames_to_caller(),
         )
     return audit
-
-
-def _within(tol: float, problem: Problem, q: Array, v: Array) -> Attention:
-    method, audit, solution = climb(problem, tol, tuple(q.shape[:-2]))
-    passes = [rung.passes for rung in audit.ladder]
-    return _result(problem, solution, q, v, method, f"the cheapest rung of the ladder within tol={tol}", passes, audit)
 
 
 def attention(

@@ -65,7 +65,7 @@ def attend_buckets(problem: Problem, method: LSH) -> Solution:
         out, lse, read = _with_early(problem, first, out, lse, read)
     far = xp.sum(xp.astype((read == 0) & (lse > -xp.inf), xp.float32))
     queries = max(1, q.shape[0] * q.shape[1] * q.shape[2])
-    return Solution(out, lse, {"near": float(xp.sum(read)) / queries, "far": float(far) / queries})
+    return Solution(out, lse, {"near": xp.sum(read) / queries, "far": far / queries})
 
 
 @dataclass(frozen=True)

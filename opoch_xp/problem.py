@@ -39,8 +39,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), and the rows read per query by part (mean)."""
+    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), and the rows read per query by part (mean): numbers, or
+    arrays of no axes where only the device knows them."""
 
     out: Array
     lse: Array
-    rows: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)

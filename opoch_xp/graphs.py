@@ -1,0 +1,21 @@
+"""Libraries that follow what is computed, for gradients or to compile it: their plugin runs a call as one operator."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+Array = Any
+
+
+def follower(*arrays: Array) -> ModuleType | None:
+    """The module that runs a call on these arrays as one operator of their library, or None: nothing follows them.
+
+    It has `cast(*arrays)`, `opaque(*arrays)`, `numbers(method)` and the operator `attend`: see
+    opoch_xp.backends.torch.operator, the only one so far. Nothing is imported that the caller has not imported.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not all(isinstance(array, torch.Tensor) for array in arrays):
+        return None
+    from opoch_xp.backends.torch import operator
+
+    return operator if operator.follows(*arrays) else None
