@@ -1,10 +1,14 @@
-"""Memory that is used again: on the CPU a large array that is new costs more in page faults than its arithmetic."""
+"""Memory that is used again, and weights in place: on the CPU a large array that is new costs more in page faults than
+its arithmetic."""
 
 from math import prod
 
 import torch
+from torch.nn import functional
 
 Tensor = torch.Tensor
+
+LOWEST = -80.0  # exp of less is a denormal number in float32, which costs ten times as much and weighs nothing
 
 
 class Scratch:
@@ -27,3 +31,12 @@ class Scratch:
         taken = self(name, index.numel(), rows.shape[1])
         torch.index_select(rows, 0, index.reshape(-1), out=taken)
         return taken.view(*index.shape, rows.shape[1])
+
+
+def weights_(logits: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """exp(logits - top) in place, and top, the largest along the axis (kept), finite; what is denormal counts as zero."""
+    lowest = torch.finfo(logits.dtype).min
+    if not logits.shape[axis]:
+        return logits, logits.sum(axis, keepdim=True).fill_(lowest)
+    top = logits.amax(axis, keepdim=True).clamp_min_(lowest)
+    return functional.threshold_(logits.sub_(top), LOWEST, -torch.inf).exp_(), top

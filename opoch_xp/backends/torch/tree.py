@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from opoch_xp.backends.torch.scratch import Scratch
+from opoch_xp.backends.torch.scratch import Scratch, weights_
 from opoch_xp.backends.torch.split import finite_rows, principal_order, query_groups
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, rows_read
@@ -29,7 +28,6 @@ QUERIES, GROUPS = 1024, 64  # attended at a time on the CPU, at the most
 ELEMENTS = 1 << 26  # numbers of the largest array elsewhere: 256 MB in float32
 OWN_ROWS = 128  # queries whose own cells are read at a time: 4 MB with the defaults
 RUN = 8  # nodes compared as one when the largest of many are found
-LOWEST = -80.0  # exp of less is a denormal number in float32, which costs ten times as much and weighs nothing
 
 
 def build_tree(
@@ -210,7 +208,7 @@ class Groups:
             parts.add(level.weight, level.top, level.rows[..., 2 * dim :])
             if level.number == 0:
                 _, keys, logits = self.near_rows(scaled, level, batch)
-                parts.add(*weights_(logits), keys[..., dim:])
+                parts.add(*weights_(logits, 1), keys[..., dim:])
                 if level.own is not None:
                     parts.append(*self.own_part(scaled, level, batch))
         return parts.merged()
@@ -228,7 +226,7 @@ class Groups:
             below = torch.arange(self.children[number], device=scaled.device)
             candidates = (opened[:, :, None] * self.children[number] + below).reshape(len(scaled), -1)
             mass, half, limit = self.log_mass(number, rows, turned, square, candidates, batch)
-            weight, top = weights_(mass)
+            weight, top = weights_(mass, 1)
             level = Level(number, family, candidates, rows, half, limit, weight, top)
             width = min(self.method.open if number else self.method.near, candidates.shape[1])
             if lists is None:
@@ -328,7 +326,7 @@ class Groups:
         total, top = scaled.new_empty(groups * queries), scaled.new_empty(groups * queries)
         out = scaled.new_empty(groups * queries, self.width - self.tree.dim)
         for some, _, keys, logits in self.own_rows(scaled, level, batch):
-            weight, highest = weights_(logits)
+            weight, highest = weights_(logits, 1)
             top[some], total[some] = highest[:, 0], weight.sum(1)
             torch.bmm(weight[:, None], keys[..., self.tree.dim :], out=out[some, None])
         return total.view(groups, 1, queries), top.view(groups, 1, queries), out.view(groups, queries, -1)
@@ -363,15 +361,6 @@ class Parts:
         for factor, part in zip(factors, self.outs, strict=True):
             out.addcmul_(part, factor.mT)
         return out, (total.log_() + highest)[:, 0]
-
-
-def weights_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - top) in place, and top, the largest along axis 1 (kept), finite; what is denormal counts as zero."""
-    lowest = torch.finfo(logits.dtype).min
-    if not logits.shape[1]:
-        return logits, logits.new_full((len(logits), 1, *logits.shape[2:]), lowest)
-    top = logits.amax(1, keepdim=True).clamp_min_(lowest)
-    return functional.threshold_(logits.sub_(top), LOWEST, -torch.inf).exp_(), top
 
 
 def largest(weight: Tensor, number: int, scratch: Scratch) -> Tensor:

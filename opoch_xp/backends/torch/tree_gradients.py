@@ -18,8 +18,9 @@ import torch
 from torch.nn import functional
 
 from opoch_xp.backends.torch.exact import exact_backward
+from opoch_xp.backends.torch.scratch import LOWEST
 from opoch_xp.backends.torch.split import finite_rows, query_groups
-from opoch_xp.backends.torch.tree import CACHED, LOWEST, Batch, Groups, Level, batches, build_tree, shares
+from opoch_xp.backends.torch.tree import CACHED, Batch, Groups, Level, batches, build_tree, shares
 from opoch_xp.forest import key_axes, local_blocks, tier_keys, tier_runs, tiers
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem
