@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from opoch_xp.backends.torch.scratch import LOWEST, Scratch, weights_
+from opoch_xp.backends.torch.scratch import Scratch, softmax, weights_of
 
 Tensor = torch.Tensor
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -84,10 +83,10 @@ def exact_attention(
         parts = []
         for tile in row:
             rows = (q[tile.entries, :, tile.rows] * scale).reshape(-1, repeat * (tile.rows.stop - tile.rows.start), dim)
-            weight, top = weights_(logits_of(tile, rows, k, mask, scratch), 2)
-            total = weight.sum(2, keepdim=True)
-            part = torch.bmm(weight, v[tile.entries, tile.keys]).div_(torch.where(total > 0, total, 1.0))
-            parts.append((part, total.log_().add_(top)))
+            logits = logits_of(tile, rows, k, mask, scratch)
+            hides = mask is not None or tile.hidden is not None
+            weight, level = softmax(logits, scratch("weight", *logits.shape), hides)
+            parts.append((torch.bmm(weight, v[tile.entries, tile.keys]), level))
         if parts:
             whole, level = parts[0]
             for part, part_level in parts[1:]:
@@ -149,8 +148,7 @@ def exact_backward(
             rows = (q[entries, :, span] * scale).reshape(-1, count, dim)
             slope = dout[entries, :, span].reshape(-1, count, dout.shape[3])
             level, rest = (x[entries, :, span].reshape(-1, count, 1) for x in (lse, delta))
-            weight = logits_of(tile, rows, k, mask, scratch).sub_(level)
-            functional.threshold_(weight, LOWEST, -torch.inf).exp_()
+            weight = weights_of(logits_of(tile, rows, k, mask, scratch), level)
             dv[entries, keys] += torch.bmm(weight.mT, slope)
             dlogit = torch.bmm(slope, v[entries, keys].mT, out=scratch("dlogit", *weight.shape))
             dlogit.sub_(rest).mul_(weight)

@@ -33,10 +33,22 @@ class Scratch:
         return taken.view(*index.shape, rows.shape[1])
 
 
-def weights_(logits: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """exp(logits - top) in place, and top, the largest along the axis (kept), finite; what is denormal counts as zero."""
-    lowest = torch.finfo(logits.dtype).min
-    if not logits.shape[axis]:
-        return logits, logits.sum(axis, keepdim=True).fill_(lowest)
-    top = logits.amax(axis, keepdim=True).clamp_min_(lowest)
-    return functional.threshold_(logits.sub_(top), LOWEST, -torch.inf).exp_(), top
+def softmax(logits: Tensor, weight: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+    """Softmax of logits (G, g, m) into `weight`, and its lse (G, g, 1); zeros and -inf where a row is masked whole.
+
+    The largest weight is exp(top - lse): one pass of the library's own softmax, and no exponential of our own.
+    """
+    if not logits.shape[2]:
+        return weight, logits.new_full((*logits.shape[:2], 1), -torch.inf)
+    torch.softmax(logits, 2, out=weight)
+    lse = logits.amax(2, keepdim=True) - weight.amax(2, keepdim=True).log_()
+    if masked:
+        unseen = torch.isnan(lse)
+        weight.masked_fill_(unseen, 0.0)
+        lse.masked_fill_(unseen, -torch.inf)
+    return weight, lse
+
+
+def weights_of(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse) in place; what is denormal counts as zero."""
+    return functional.threshold_(logits.sub_(lse), LOWEST, -torch.inf).exp_()

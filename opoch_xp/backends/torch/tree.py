@@ -2,7 +2,7 @@
 
 On the CPU a batch of groups is small enough that its arrays stay in the L3 cache, and large enough that PyTorch's own
 threads share every call; on other devices a batch is as large as ELEMENTS allows, and nothing is read back. Arrays are
-(groups, nodes, queries): the queries of a group are the contiguous axis.
+(groups, queries, nodes).
 
 Letters: G groups, g queries of each, m candidate nodes, d and e the widths of keys and values.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opoch_xp.backends.torch.scratch import Scratch, weights_
+from opoch_xp.backends.torch.scratch import Scratch, softmax
 from opoch_xp.backends.torch.split import finite_rows, principal_order, query_groups
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, rows_read
@@ -26,8 +26,7 @@ Tensor = torch.Tensor
 CACHED = 16384  # keys summarised at a time on the CPU: 8 MB with their values at d = 64
 QUERIES, GROUPS = 1024, 64  # attended at a time on the CPU, at the most
 ELEMENTS = 1 << 26  # numbers of the largest array elsewhere: 256 MB in float32
-OWN_ROWS = 128  # queries whose own cells are read at a time: 4 MB with the defaults
-RUN = 8  # nodes compared as one when the largest of many are found
+OWN_ROWS = 256  # queries whose own cells are read at a time: 8 MB with the defaults
 
 
 def build_tree(
@@ -105,13 +104,19 @@ def tree_attention(
     for batch in batches(groups, n, first, count, tree, method):
         votes = None if finite is None else finite.view(-1)[batch.index].to(queries.dtype)
         given = None if lists is None else batch.of(lists)
-        found = kernel(flat[batch.index], votes, batch, given)
-        out[batch.index], lse[batch.index] = found
+        part, level = kernel(rows_of(flat, batch.index), votes, batch, given)
+        out.index_copy_(0, batch.index.view(-1), part.view(-1, part.shape[2]))
+        lse.index_copy_(0, batch.index.view(-1), level.view(-1))
     out, lse = out.view(tasks, n, -1), lse.view(tasks, n)
     if finite is not None:
         out.masked_fill_(~finite[..., None], torch.nan)
         lse.masked_fill_(~finite, torch.nan)
     return out, lse
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along the first axis, for an index of any shape."""
+    return x.index_select(0, index.reshape(-1)).view(*index.shape, *x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -162,12 +167,12 @@ def _together(rows: int, chunks: int, tree: Tree, method: Treecode) -> int:
 
 @dataclass
 class Level:
-    """Candidate nodes of one level. Groups and nodes as in `Groups`.
+    """Candidate nodes of one level. Groups, queries and nodes as in `Groups`.
 
     family (G, k): rows of `Groups.families` that hold them; candidates (G, m), numbered from the run's first chunk;
-    rows (G, m, 2 d + e), their summaries; half (G, m, g) = sigma^2 / 2; limit: ln of their counts, (G, m, 1) or one for
-    all, None where no node is frozen; weight (G, m, g) = exp(mass - top), top (G, 1, g); pick (G, k): places of the nodes that are opened;
-    own (G, g, o): of each query's own cells, at the finest level.
+    rows (G, m, 2 d + e), their summaries; half (G, g, m) = sigma^2 / 2; limit: ln of their counts, (G, 1, m) or one for
+    all, None where no node is frozen; weight (G, g, m) = exp(mass - lse), lse (G, g, 1). pick (G, k): places of the
+    nodes that are opened; own (G, g, o): of each query's own cells, at the finest level; the weights of both are zeroed.
     The arrays are scratch: they last until the next level is asked for.
     """
 
@@ -178,8 +183,8 @@ class Level:
     half: Tensor
     limit: Tensor | float | None
     weight: Tensor
-    top: Tensor
-    pick: Tensor | None = None
+    lse: Tensor
+    pick: Tensor
     own: Tensor | None = None
 
 
@@ -203,20 +208,23 @@ class Groups:
     def __call__(self, q: Tensor, votes: Tensor | None, batch: Batch, lists: Lists | None) -> tuple[Tensor, Tensor]:
         """Queries q (G, g, d), voting with `votes` (G, g), against their chunks: out (G, g, e), lse (G, g)."""
         dim, scaled = self.tree.dim, q * self.scale
-        parts = Parts()
+        outs, totals, lses = [], [], []
         for level in self.levels(scaled, votes, batch, lists):
-            parts.add(level.weight, level.top, level.rows[..., 2 * dim :])
-            if level.number == 0:
-                _, keys, logits = self.near_rows(scaled, level, batch)
-                parts.add(*weights_(logits, 1), keys[..., dim:])
-                if level.own is not None:
-                    parts.append(*self.own_part(scaled, level, batch))
-        return parts.merged()
+            outs.append(torch.bmm(level.weight, level.rows[..., 2 * dim :]))
+            totals.append(level.weight.sum(2, keepdim=True))
+            lses.append(level.lse)
+            parts = [self.near_part(scaled, level, batch)] if level.number == 0 else []
+            if level.own is not None:
+                parts.append(self.own_part(scaled, level, batch))
+            for out, lse in parts:
+                outs.append(out)
+                totals.append(torch.ones_like(lse))
+                lses.append(lse)
+        return merged(outs, totals, lses)
 
     def levels(self, scaled: Tensor, votes: Tensor | None, batch: Batch, lists: Lists | None) -> Iterator[Level]:
         """The levels from the coarsest on, each with its `pick`, whose weights are zeroed: what is left is far."""
-        turned = scaled.mT  # (G, d, g)
-        square = (turned * turned).mul_(0.5)
+        square = scaled.square().mul_(0.5)
         opened = torch.arange(batch.count, device=scaled.device).expand(len(scaled), -1)
         norm: Tensor | None = None
         for number in range(len(self.families) - 1, -1, -1):
@@ -225,88 +233,85 @@ class Groups:
             rows = rows.view(len(scaled), -1, self.width + self.tree.dim)  # (G, m, 2 d + e)
             below = torch.arange(self.children[number], device=scaled.device)
             candidates = (opened[:, :, None] * self.children[number] + below).reshape(len(scaled), -1)
-            mass, half, limit = self.log_mass(number, rows, turned, square, candidates, batch)
-            weight, top = weights_(mass, 1)
-            level = Level(number, family, candidates, rows, half, limit, weight, top)
+            mass, half, limit = self.log_mass(number, rows, scaled, square, candidates, batch)
+            weight, lse = softmax(mass, self.scratch("weight", *mass.shape), self.counts is not None)
+            if limit is None or isinstance(limit, float):
+                lse += log(self.tree.sizes[number])  # which the masses lack
             width = min(self.method.open if number else self.method.near, candidates.shape[1])
             if lists is None:
-                total = weight.sum(1, keepdim=True).log_().add_(top).clamp_min_(torch.finfo(top.dtype).min)
-                norm = total if norm is None else torch.maximum(norm, total)  # no query's votes exceed 1 in sum
-                vote = (top - norm).exp_() if votes is None else (top - norm).exp_() * votes[:, None]
-                share = torch.bmm(weight, vote.mT)[..., 0]  # (G, m)
-                level.pick = share.topk(width, dim=1, sorted=False).indices
+                norm = lse if norm is None else torch.maximum(norm, lse)  # no query's votes exceed 1 in sum
+                vote = torch.where(norm > -torch.inf, (lse - norm).exp_(), 0.0).mT
+                share = torch.bmm(vote if votes is None else vote * votes[:, None], weight)[:, 0]  # (G, m)
+                pick = share.topk(width, dim=1, sorted=False).indices
             else:
-                level.pick = _places(candidates, lists.opened[len(self.families) - 1 - number])
-            weight.scatter_(1, level.pick[..., None].expand(-1, -1, weight.shape[2]), 0.0)
-            if number == 0 and self.method.own:
-                level.own = self.own_cells(level, lists)
-            opened = candidates.gather(1, level.pick)
+                pick = _places(candidates, lists.opened[len(self.families) - 1 - number])
+            level = Level(number, family, candidates, rows, half, limit, weight, lse, pick)
+            self.close(level, lists)
             yield level
+            opened = candidates.gather(1, pick)
+
+    def close(self, level: Level, lists: Lists | None) -> None:
+        """Zeroes the weights of the nodes that are opened and, at the finest level, finds each query's own cells of
+        those left and zeroes theirs."""
+        weight = level.weight
+        far = torch.ones_like(weight[:, 0]).scatter_(1, level.pick, 0.0)[:, None]  # (G, 1, m)
+        own = min(self.method.own, weight.shape[2] - level.pick.shape[1])
+        if level.number or not own:
+            weight.mul_(far)
+        elif lists is None:
+            weight.mul_(far)
+            left = torch.add(weight, far - 1, out=self.scratch("left", *weight.shape))  # what is read is less than all
+            level.own = left.topk(own, dim=2, sorted=False).indices
+            weight.scatter_(2, level.own, 0.0)
+        else:
+            level.own = _places(level.candidates[:, None], lists.own)
+            weight.mul_(far).scatter_(2, level.own, 0.0)
 
     def log_mass(
-        self, number: int, rows: Tensor, turned: Tensor, square: Tensor, candidates: Tensor, batch: Batch
+        self, number: int, rows: Tensor, scaled: Tensor, square: Tensor, candidates: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor | float | None]:
-        """Log mass (G, m, g) of the nodes of `rows`, sigma^2 / 2, and `Level.limit`; see generic.tree.log_mass."""
-        dim, shape = self.tree.dim, (*rows.shape[:2], turned.shape[2])
-        half = torch.bmm(rows[..., dim : 2 * dim], square, out=self.scratch("half", *shape))
-        mass = self.scratch("mass", *shape)
+        """Log mass (G, g, m) of the nodes of `rows`, sigma^2 / 2, and `Level.limit`; see generic.tree.log_mass.
+
+        ln n + sigma^2 / 2 - max(0, sigma - sqrt(2 ln n))^2 / 2, without the ln n where it is the same for all nodes.
+        """
+        dim, shape = self.tree.dim, (*scaled.shape[:2], rows.shape[1])
+        half = torch.bmm(square, rows[..., dim : 2 * dim].mT, out=self.scratch("half", *shape))
+        means, mass = rows[..., :dim].mT, self.scratch("mass", *shape)
         if self.counts is None:
             limit: Any = log(self.tree.sizes[number])
             if half.device.type == "cpu" and bool(half.max() <= limit):  # no node is frozen
-                torch.bmm(rows[..., :dim], turned, out=mass)
-                mass.add_(half).add_(limit)
-                return mass, half, None
+                return half.baddbmm_(scaled, means), half, None
+            root: Any = limit**0.5
         else:
             count = self.counts[number][candidates + batch.first[:, None] * self.nodes[number]]
-            limit = torch.where(count > 0, count.log(), -torch.inf)[..., None]  # (G, m, 1)
-        torch.bmm(rows[..., :dim], turned, out=mass)
-        return mass.add_(self.energy(half, limit)), half, limit
-
-    def energy(self, half: Tensor, limit: Any) -> Tensor:
-        """Free energy of n = exp(limit) Gaussian energies, half = sigma^2 / 2; -inf for n = 0. Derrida, 1981.
-
-        With limit = ln n: limit + half below the freezing transition half = limit, and 2 sqrt(limit half) above.
-        """
-        cold, warm = self.scratch("cold", *half.shape), self.scratch("warm", *half.shape)
-        torch.mul(half, 4 * (limit.clamp_min(0.0) if isinstance(limit, Tensor) else limit), out=cold).sqrt_()
-        torch.add(half, limit, out=warm)
-        liquid = half <= limit
-        if isinstance(limit, Tensor):
-            liquid |= limit <= 0
-        return torch.where(liquid, warm, cold, out=warm)
-
-    def own_cells(self, level: Level, lists: Lists | None) -> Tensor | None:
-        """Places (G, g, own) of each query's own cells among the nodes of the finest level, whose weights are zeroed."""
-        weight = level.weight
-        own = min(self.method.own, weight.shape[1] - level.pick.shape[1])
-        if not own:
-            return None
-        if lists is None:
-            weight.scatter_(1, level.pick[..., None].expand(-1, -1, weight.shape[2]), -1.0)  # not to be read again
-            best = largest(weight, own, self.scratch)
-            weight.clamp_min_(0.0)
-        else:
-            best = _places(level.candidates[:, None], lists.own)
-        weight.scatter_(1, best.mT, 0.0)
-        return best
+            limit = torch.where(count > 0, count.log(), -torch.inf)[:, None]  # (G, 1, m)
+            root = limit.clamp_min(0.0).sqrt()
+        frozen = torch.sqrt(half, out=self.scratch("frozen", *shape)).sub_(root).clamp_min_(0.0)
+        torch.addcmul(half, frozen, frozen, value=-1, out=mass).baddbmm_(scaled, means)
+        return mass if self.counts is None else mass.add_(limit), half, limit
 
     def near_rows(self, scaled: Tensor, level: Level, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Near field of the groups: cells (G, near), their keys and values (G, m, d + e), logits (G, m, g)."""
+        """Near field of the groups: cells (G, near), their keys and values (G, m, d + e), logits (G, g, m)."""
         cell = level.candidates.gather(1, level.pick) + batch.first[:, None] * self.nodes[0]
         keys = self.scratch.gather("near", self.cells, cell).view(len(cell), -1, self.width)
-        logits = self.scratch("logits", *keys.shape[:2], scaled.shape[1])
-        torch.bmm(keys[..., : self.tree.dim], scaled.mT, out=logits)
+        logits = self.scratch("logits", *scaled.shape[:2], keys.shape[1])
+        torch.bmm(scaled, keys[..., : self.tree.dim].mT, out=logits)
         if self.kept is not None:
-            logits.masked_fill_(~self.kept[cell].view(len(cell), -1, 1), -torch.inf)
+            logits.masked_fill_(~self.kept[cell].view(len(cell), 1, -1), -torch.inf)
         return cell, keys, logits
 
+    def near_part(self, scaled: Tensor, level: Level, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Softmax over the cells of each group: out (G, g, e), lse (G, g, 1)."""
+        _, keys, logits = self.near_rows(scaled, level, batch)
+        weight, lse = softmax(logits, self.scratch("near weight", *logits.shape), self.kept is not None)
+        return torch.bmm(weight, keys[..., self.tree.dim :]), lse
+
     def own_rows(
-        self, scaled: Tensor, level: Level, batch: Batch
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        self, scaled: Tensor, level: Level, batch: Batch, logits: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Near field of each query of its own, some queries at a time: which r of the G * g queries, cells (r, own),
-        their keys and values (r, own * leaf, d + e), logits (r, own * leaf)."""
-        if level.own is None:
-            return
+        their keys and values (r, own * leaf, d + e). Their logits are written into `logits` (G * g, own * leaf)."""
+        assert level.own is not None
         cell = level.candidates[:, None].expand(-1, level.own.shape[1], -1).gather(2, level.own)
         cell = (cell + batch.first[:, None, None] * self.nodes[0]).view(-1, cell.shape[2])
         flat = scaled.reshape(-1, 1, scaled.shape[2])
@@ -315,66 +320,45 @@ class Groups:
             some = slice(s, min(s + step, len(flat)))
             keys = self.scratch.gather("own", self.cells, cell[some]).view(some.stop - s, -1, self.width)
             products = self.scratch("products", *keys.shape[:2], self.tree.dim)
-            logits = torch.mul(keys[..., : self.tree.dim], flat[some], out=products).sum(2)
+            torch.mul(keys[..., : self.tree.dim], flat[some], out=products)
+            torch.sum(products, 2, out=logits[some])
             if self.kept is not None:
-                logits.masked_fill_(~self.kept[cell[some]].view(logits.shape), -torch.inf)
-            yield some, cell[some], keys, logits
+                logits[some].masked_fill_(~self.kept[cell[some]].view(some.stop - s, -1), -torch.inf)
+            yield some, cell[some], keys
 
-    def own_part(self, scaled: Tensor, level: Level, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of the own cells' weights (G, 1, g), top (G, 1, g), weighted values (G, g, e)."""
-        groups, queries, _ = scaled.shape
-        total, top = scaled.new_empty(groups * queries), scaled.new_empty(groups * queries)
-        out = scaled.new_empty(groups * queries, self.width - self.tree.dim)
-        for some, _, keys, logits in self.own_rows(scaled, level, batch):
-            weight, highest = weights_(logits, 1)
-            top[some], total[some] = highest[:, 0], weight.sum(1)
-            torch.bmm(weight[:, None], keys[..., self.tree.dim :], out=out[some, None])
-        return total.view(groups, 1, queries), top.view(groups, 1, queries), out.view(groups, queries, -1)
-
-
-class Parts:
-    """Parts of one softmax: what each weighs, to be merged at the end. sums and tops (G, 1, g), outs (G, g, e)."""
-
-    def __init__(self) -> None:
-        self.sums: list[Tensor] = []
-        self.tops: list[Tensor] = []
-        self.outs: list[Tensor] = []
-
-    def add(self, weight: Tensor, top: Tensor, values: Tensor) -> None:
-        """Rows with values (G, m, e) and weights exp(logit - top), (G, m, g)."""
-        self.append(weight.sum(1, keepdim=True), top, torch.bmm(weight.mT, values))
-
-    def append(self, total: Tensor, top: Tensor, out: Tensor) -> None:
-        """A part whose weights are summed already: (G, 1, g), (G, 1, g), (G, g, e)."""
-        self.sums.append(total)
-        self.tops.append(top)
-        self.outs.append(out)
-
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """out (G, g, e) and lse (G, g)."""
-        tops = torch.stack(self.tops)
-        highest = tops.amax(0)
-        factors = (tops - highest).exp_()
-        total = (torch.stack(self.sums) * factors).sum(0)
-        factors /= torch.where(total > 0, total, 1.0)
-        out = torch.zeros_like(self.outs[0])
-        for factor, part in zip(factors, self.outs, strict=True):
-            out.addcmul_(part, factor.mT)
-        return out, (total.log_() + highest)[:, 0]
+    def own_part(self, scaled: Tensor, level: Level, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Softmax over each query's own cells: out (G, g, e), lse (G, g, 1)."""
+        assert level.own is not None
+        groups, queries, own = level.own.shape
+        logits = self.scratch("logits", groups * queries, own * self.tree.leaf)
+        weight = self.scratch("own weight", *logits.shape)
+        out = scaled.new_empty(groups * queries, 1, self.width - self.tree.dim)
+        for some, _, keys in self.own_rows(scaled, level, batch, logits):
+            torch.softmax(logits[some], 1, out=weight[some])
+            torch.bmm(weight[some, None], keys[..., self.tree.dim :], out=out[some])
+        lse = logits.amax(1, keepdim=True) - weight.amax(1, keepdim=True).log_()
+        if self.kept is not None:
+            unseen = torch.isnan(lse)
+            out.masked_fill_(unseen[..., None], 0.0)
+            lse.masked_fill_(unseen, -torch.inf)
+        return out.view(groups, queries, -1), lse.view(groups, queries, 1)
 
 
-def largest(weight: Tensor, number: int, scratch: Scratch) -> Tensor:
-    """Places (G, g, number) of the largest weights (G, m, g) of each query: among the runs of RUN with the largest."""
-    turned = scratch("turned", weight.shape[0], weight.shape[2], weight.shape[1])
-    turned.copy_(weight.mT)
-    runs = turned.shape[2] // RUN
-    if turned.shape[2] % RUN or runs <= 2 * number:
-        return turned.topk(number, dim=2, sorted=False).indices
-    split = turned.view(*turned.shape[:2], runs, RUN)
-    some = split.amax(3).topk(number, dim=2, sorted=False).indices  # hold the largest, ties aside
-    places = some[..., None] * RUN + torch.arange(RUN, device=some.device)
-    places = places.view(*places.shape[:2], -1)
-    return places.gather(2, turned.gather(2, places).topk(number, dim=2, sorted=False).indices)
+def merged(outs: list[Tensor], totals: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Parts of one softmax as one: out (G, g, e) and lse (G, g).
+
+    outs (G, g, e), sums of values by weight; totals (G, g, 1), sums of those weights; lses (G, g, 1): a weight stands
+    for exp(lse) times itself.
+    """
+    total, lse = torch.stack(totals), torch.stack(lses)
+    top = lse.amax(0).clamp_min_(torch.finfo(lse.dtype).min)
+    factor = (lse - top).exp_()
+    whole = (total * factor).sum(0)
+    factor /= torch.where(whole > 0, whole, 1.0)
+    out = outs[0].mul_(factor[0])
+    for part, share in zip(outs[1:], factor[1:], strict=True):
+        out.addcmul_(part, share)
+    return out, (whole.log_() + top)[..., 0]
 
 
 def _places(candidates: Tensor, wanted: Tensor) -> Tensor:

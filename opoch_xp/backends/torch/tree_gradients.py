@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from opoch_xp.backends.torch.exact import exact_backward
-from opoch_xp.backends.torch.scratch import LOWEST
+from opoch_xp.backends.torch.scratch import weights_of
 from opoch_xp.backends.torch.split import finite_rows, query_groups
-from opoch_xp.backends.torch.tree import CACHED, Batch, Groups, Level, batches, build_tree, shares
+from opoch_xp.backends.torch.tree import CACHED, Batch, Groups, Level, batches, build_tree, rows_of, shares
 from opoch_xp.forest import key_axes, local_blocks, tier_keys, tier_runs, tiers
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem
@@ -116,8 +115,9 @@ class TreeGradients:
         kernel = _GroupGradients(self, method, scale)
         for batch in batches(groups, n, first, count, self.tree, method):
             votes = None if finite is None else finite.view(-1)[batch.index].to(queries.dtype)
-            q, level, slope, rest = (x[batch.index] for x in flat)
-            dq[batch.index] = kernel.backward(q, votes, batch, level[:, None], slope, rest[:, None])
+            q, level, slope, rest = (rows_of(x, batch.index) for x in flat)
+            found = kernel.backward(q, votes, batch, level[..., None], slope, rest[..., None])
+            dq.index_copy_(0, batch.index.view(-1), found.view(-1, dim))
         return dq.view(tasks, n, dim)
 
     def of_keys(self) -> tuple[Tensor, Tensor]:
@@ -169,73 +169,75 @@ class _GroupGradients(Groups):
     def backward(
         self, q: Tensor, votes: Tensor | None, batch: Batch, lse: Tensor, dout: Tensor, delta: Tensor
     ) -> Tensor:
-        """Gradient of queries q (G, g, d); lse (G, 1, g), dout (G, g, e), delta (G, 1, g)."""
+        """Gradient of queries q (G, g, d); lse (G, g, 1), dout (G, g, e), delta (G, g, 1)."""
         scaled = q * self.scale
         seen = torch.isfinite(lse)  # a query that sees nothing, or is not finite, weighs nothing
         lse, delta = torch.where(seen, lse, torch.inf), torch.where(seen, delta, 0.0)
-        dout = torch.where(seen.mT, dout, 0.0)
+        dout = torch.where(seen, dout, 0.0)
         found = torch.zeros_like(scaled)
         for level in self.levels(scaled, votes, batch, None):
-            found += self.far_backward(scaled, level, lse, dout, delta)
+            self.far_backward(scaled, level, lse, dout, delta, found)
             if level.number == 0:
-                found += self.near_backward(scaled, level, batch, lse, dout, delta)
-                self.own_backward(scaled, level, batch, lse, dout, delta, found)
+                self.near_backward(scaled, level, batch, lse, dout, delta, found)
+                if level.own is not None:
+                    self.own_backward(scaled, level, batch, lse, dout, delta, found)
         return found.mul_(self.scale)
 
-    def far_backward(self, scaled: Tensor, level: Level, lse: Tensor, dout: Tensor, delta: Tensor) -> Tensor:
-        """Of the nodes of one level that are not opened."""
+    def far_backward(
+        self, scaled: Tensor, level: Level, lse: Tensor, dout: Tensor, delta: Tensor, found: Tensor
+    ) -> None:
+        """Of the nodes of one level that are not opened; adds to `found` (G, g, d)."""
         dim, rows, weight = self.tree.dim, level.rows, level.weight
-        factor = (level.top - lse).clamp_max_(HIGHEST).exp_()  # (G, 1, g): weight * factor = exp(mass - lse)
-        slope = self.scratch("slope", *weight.shape)
-        dout = dout * factor.mT
+        factor = (level.lse - lse).clamp_max_(HIGHEST).exp_()  # weight * factor = exp(mass - lse)
+        dout = dout * factor
         into = self.scratch("gradient", *rows.shape)
-        torch.bmm(weight, dout, out=into[..., 2 * dim :])
-        dlogit = torch.bmm(rows[..., 2 * dim :], dout.mT, out=self.scratch("dlogit", *weight.shape))
+        torch.bmm(weight.mT, dout, out=into[..., 2 * dim :])
+        dlogit = torch.bmm(dout, rows[..., 2 * dim :].mT, out=self.scratch("dlogit", *weight.shape))
         dlogit.sub_(delta * factor).mul_(weight)
-        torch.bmm(dlogit, scaled, out=into[..., :dim])
-        found = torch.bmm(dlogit.mT, rows[..., :dim])
+        torch.bmm(dlogit.mT, scaled, out=into[..., :dim])
+        found.baddbmm_(dlogit, rows[..., :dim])
         if level.limit is not None:
-            dlogit = torch.mul(dlogit, self.slope(level.half, level.limit), out=slope)
-        torch.bmm(dlogit, scaled.square().mul_(0.5), out=into[..., dim : 2 * dim])
-        found.addcmul_(torch.bmm(dlogit.mT, rows[..., dim : 2 * dim]), scaled)
+            dlogit.mul_(self.slope(level.half, level.limit))
+        torch.bmm(dlogit.mT, scaled.square().mul_(0.5), out=into[..., dim : 2 * dim])
+        found.addcmul_(torch.bmm(dlogit, rows[..., dim : 2 * dim]), scaled)
         self.into[level.number].index_add_(0, level.family.reshape(-1), into.view(level.family.numel(), -1))
-        return found
 
     def slope(self, half: Tensor, limit: Tensor | float) -> Tensor:
         """Derivative of the free energy by half = sigma^2 / 2: one, and sqrt(limit / half) where a node is frozen."""
-        floor = limit.clamp_min(0.0) if isinstance(limit, Tensor) else limit
-        slope = torch.div(floor, half, out=self.scratch("cold", *half.shape)).sqrt_().clamp_max_(1.0)
+        floor = limit.clamp_min(0.0) if isinstance(limit, Tensor) else torch.full_like(half[:1, :1, :1], limit)
+        slope = torch.div(floor, half, out=self.scratch("frozen", *half.shape)).sqrt_().clamp_max_(1.0)
         return torch.where((half <= limit) | (half <= 0), 1.0, slope)
 
     def near_backward(
-        self, scaled: Tensor, level: Level, batch: Batch, lse: Tensor, dout: Tensor, delta: Tensor
-    ) -> Tensor:
-        """Of the cells that a group reads key by key."""
+        self, scaled: Tensor, level: Level, batch: Batch, lse: Tensor, dout: Tensor, delta: Tensor, found: Tensor
+    ) -> None:
+        """Of the cells that a group reads key by key; adds to `found`."""
         dim = self.tree.dim
         cell, keys, logits = self.near_rows(scaled, level, batch)
-        weight = functional.threshold_(logits.sub_(lse), LOWEST, -torch.inf).exp_()
+        weight = weights_of(logits, lse)
         into = self.scratch("gradient", *keys.shape)
-        torch.bmm(weight, dout, out=into[..., dim:])
-        dlogit = torch.bmm(keys[..., dim:], dout.mT, out=self.scratch("dlogit", *weight.shape))
+        torch.bmm(weight.mT, dout, out=into[..., dim:])
+        dlogit = torch.bmm(dout, keys[..., dim:].mT, out=self.scratch("dlogit", *weight.shape))
         dlogit.sub_(delta).mul_(weight)
-        torch.bmm(dlogit, scaled, out=into[..., :dim])
+        torch.bmm(dlogit.mT, scaled, out=into[..., :dim])
+        found.baddbmm_(dlogit, keys[..., :dim])
         self.into_cells.index_add_(0, cell.reshape(-1), into.view(cell.numel(), -1))
-        return torch.bmm(dlogit.mT, keys[..., :dim])
 
     def own_backward(
         self, scaled: Tensor, level: Level, batch: Batch, lse: Tensor, dout: Tensor, delta: Tensor, found: Tensor
     ) -> None:
-        """Of each query's own cells; adds to `found` (G, g, d)."""
-        dim, queries = self.tree.dim, lse.numel()
+        """Of each query's own cells; adds to `found`."""
+        assert level.own is not None
+        dim, queries, size = self.tree.dim, lse.numel(), level.own.shape[2] * self.tree.leaf
         flat, slope, found = (x.reshape(queries, 1, -1) for x in (scaled, dout, found))
         lse, delta = lse.reshape(queries, 1), delta.reshape(queries, 1)
-        for some, cell, keys, logits in self.own_rows(scaled, level, batch):
-            weight = functional.threshold_(logits.sub_(lse[some]), LOWEST, -torch.inf).exp_()
+        logits = self.scratch("logits", queries, size)
+        for some, cell, keys in self.own_rows(scaled, level, batch, logits):
+            weight = weights_of(logits[some], lse[some])
             into = self.scratch("own gradient", *keys.shape)
             torch.mul(weight[..., None], slope[some], out=into[..., dim:])
-            products = self.scratch("value products", *keys.shape[:2], keys.shape[2] - dim)
+            products = self.scratch("products", *keys.shape[:2], keys.shape[2] - dim)
             dlogit = torch.mul(keys[..., dim:], slope[some], out=products).sum(2).sub_(delta[some]).mul_(weight)
             torch.mul(dlogit[..., None], flat[some], out=into[..., :dim])
-            found[some] += torch.bmm(dlogit[:, None], keys[..., :dim])
+            found[some].baddbmm_(dlogit[:, None], keys[..., :dim])
             self.into_cells.index_add_(0, cell.reshape(-1), into.view(cell.numel(), -1))
-
