@@ -43,11 +43,8 @@ def attend_buckets(problem: Problem, method: LSH) -> Solution:
     if method.bits == 0 and method.max_bucket is None:
         out, lse = kernels.exact_attention(q, k, v, **options)
         return Solution(out, lse, {"near": _visible(problem), "far": 0.0})
-    first = _first_keys(problem) if method.center and problem.causal else None
-    center = None
-    if method.center:
-        center = _mean(xp, k, problem.mask) if first is None else _mean(xp, first.k, first.mask)  # (batch, 1, d)
-        k = k - center if problem.mask is None else xp.where(problem.mask[:, :, None], k - center, 0.0)
+    first = first_keys(problem) if method.center and problem.causal else None
+    k, center = centered(problem, method, first)
     planes = random_hyperplanes(k.shape[-1], method.bits, method.tables, method.seed)
     out, lse, read = kernels.bucket_attention(
         q,
@@ -68,38 +65,48 @@ def attend_buckets(problem: Problem, method: LSH) -> Solution:
     return Solution(out, lse, {"near": xp.sum(read) / queries, "far": far / queries})
 
 
+def centered(problem: Problem, method: LSH, first: "First | None") -> tuple[Array, Array | None]:
+    """The keys as they are hashed, (batch, n_k, d), and the center (batch, 1, d) they lack; masked keys are zeros."""
+    xp, k, mask = problem.xp, problem.k, problem.mask
+    if not method.center:
+        return k, None
+    center = _mean(xp, k, mask) if first is None else _mean(xp, first.k, first.mask)
+    return k - center if mask is None else xp.where(mask[:, :, None], k - center, 0.0), center
+
+
 @dataclass(frozen=True)
-class _First:
+class First:
     """The first kept keys of each head, which every query that sees all of them is centered by.
 
-    k (batch, m, d), v (batch, m, d_v), mask (batch, m) or None; seen (batch or 1, n_q), the kept keys a query may see.
+    k (batch, m, d), v (batch, m, d_v), mask (batch, m) or None; order (batch, m): their places, None for the first m; seen (batch or 1, n_q), the kept keys a query may see.
     Queries that see at most m are the first `early` rows of their head, in the head that has most of them.
     """
 
     k: Array
     v: Array
     mask: Array | None
+    order: Array | None
     seen: Array
     early: int
 
 
-def _first_keys(problem: Problem) -> _First:
+def first_keys(problem: Problem) -> First:
     xp, k, v, mask = problem.xp, problem.k, problem.v, problem.mask
     n_q, n_k = problem.n_q, problem.n_k
     m = min(CENTER_KEYS, n_k)
     seen = _seen(problem)
     if mask is None:
-        return _First(k[:, :m, :], v[:, :m, :], None, seen, min(n_q, max(0, m - (n_k - n_q))))
+        return First(k[:, :m, :], v[:, :m, :], None, None, seen, min(n_q, max(0, m - (n_k - n_q))))
     order = xp.argsort(xp.astype(~mask, xp.int8), axis=1)[:, :m]  # kept keys first, in the order of positions
 
     def first(x: Array) -> Array:
         return xp.take_along_axis(x, xp.broadcast_to(order[:, :, None], (*order.shape, x.shape[2])), axis=1)
 
     early = int(xp.max(xp.sum(xp.astype(seen <= m, xp.int64), axis=1))) if n_q else 0
-    return _First(first(k), first(v), xp.take_along_axis(mask, order, axis=1), seen, early)
+    return First(first(k), first(v), xp.take_along_axis(mask, order, axis=1), order, seen, early)
 
 
-def _with_early(problem: Problem, first: _First, out: Array, lse: Array, read: Array) -> tuple[Array, Array, Array]:
+def _with_early(problem: Problem, first: First, out: Array, lse: Array, read: Array) -> tuple[Array, Array, Array]:
     """The same with the early queries, those that see no more keys than the center was made of, exact."""
     xp, m = problem.xp, first.k.shape[1]
     number = xp.arange(m, dtype=xp.int64, device=device(out))

@@ -9,7 +9,8 @@ Letters: B batch, R repeat, N = B * n_q * R flat queries, M = B * n_k flat keys,
 g queries a tile, m keys a step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -63,15 +64,9 @@ def bucket_attention(
     flat = Flat(xp, (batch, repeat, n_q, n_k), array_api_compat.device(q), causal, mask)
     rows = xp.reshape(xp.permute_dims(q, (0, 2, 1, 3)), (-1, dim))  # (N, d), by position within each head
     keys, values = xp.reshape(k, (-1, dim)), xp.reshape(v, (-1, width))
-    found = []
-    if window:
-        found.append(flat.buckets(*flat.one_bucket(), recent=window))
-    for table in range(tables):
-        numbers = flat.numbers(query_codes[:, :, table, :], key_codes[:, table, :])
-        found.append(flat.buckets(*numbers, older=window, limit=max_bucket))
-    ranks = [xp.argsort(one.order) for one in found]
     parts = (
-        _attend(xp, rows, keys, values, scale, one, found[:table], ranks[:table]) for table, one in enumerate(found)
+        tiling.restored([_tiles(xp, rows, keys, values, scale, tiles) for tiles in tiling])
+        for tiling in tilings(flat, query_codes, key_codes, window, max_bucket, dim + width)
     )
     top, total, out, read = reduce(partial(_merge, xp), parts)
     alone = read == 0
@@ -80,10 +75,10 @@ def bucket_attention(
     left = xp.nonzero(alone)[0]
     if left.shape[0]:
         if causal:
-            field, level = _past_mean(xp, flat, rows, keys, values, scale, left)
+            field, level = past_mean(xp, flat, rows, keys, values, scale, left)
         else:
             numbers = flat.numbers(query_codes[:, :, 0, :], key_codes[:, 0, :])
-            field, level = _mean_field(xp, flat, rows, keys, values, scale, left, flat.buckets(*numbers))
+            field, level = mean_field(xp, flat, rows, keys, values, scale, left, flat.buckets(*numbers))
         place = xp.cumulative_sum(xp.astype(alone, xp.int64)) - 1
         place = xp.where(alone, place, 0)
         out = xp.where(alone[:, None], xp.take(field, place, axis=0), out)
@@ -167,51 +162,92 @@ class Flat:
         return Buckets(order, start, stop)
 
 
-def _attend(
-    xp: Any,
-    rows: Array,
-    keys: Array,
-    values: Array,
-    scale: float,
-    found: Buckets,
-    earlier: list[Buckets],
-    ranks: list[Array],
-) -> State:
-    """One table: the state of every query over its candidates there, less those it had in an earlier table."""
-    queries, n_keys = rows.shape[0], keys.shape[0]
-    span = int(xp.max(found.stop - found.start))
-    mean = int(xp.sum(found.stop - found.start)) // queries
-    g = min(queries, max(16, min(128, mean)))
-    m = min(max(1, span + g), 2 * g)
-    count = -(-queries // g)
-    # Sorted by where the candidates start, then stop: the tiles of a bucket stay together and cover short runs.
-    order = xp.argsort(found.start * (n_keys + 1) + found.stop)
-    place = xp.arange(count * g, dtype=xp.int64, device=array_api_compat.device(rows))
-    real = xp.reshape(place < queries, (count, g))
-    index = xp.reshape(xp.take(order, xp.where(place < queries, place, queries - 1)), (count, g))
-    start = xp.reshape(xp.take(found.start, xp.reshape(index, (-1,))), (count, g))
-    stop = xp.reshape(xp.take(found.stop, xp.reshape(index, (-1,))), (count, g))
-    stop = xp.where(real, stop, start)
-    some = stop > start
-    low = xp.min(xp.where(some, start, n_keys), axis=-1)  # (tiles,)
-    steps = (xp.maximum(xp.max(xp.where(some, stop, 0), axis=-1) - low, xp.zeros_like(low)) + m - 1) // m
-    by_steps = xp.argsort(steps)  # tiles of like length share a batch
-    batch = max(1, ELEMENTS // (g * m + (g + m) * (keys.shape[1] + values.shape[1])))
-    parts = []
-    for first in range(0, count, batch):
-        tiles = by_steps[first : min(first + batch, count)]
-        at = xp.take(index, tiles, axis=0)
-        lows, bounds = xp.take(low, tiles), (xp.take(start, tiles, axis=0), xp.take(stop, tiles, axis=0))
-        test = _candidates(xp, at, bounds, earlier, ranks)
-        parts.append(
-            _tiles(xp, rows, keys, values, scale, found.order, test, at, lows, m, int(xp.max(xp.take(steps, tiles))))
-        )
-    state = [xp.concat([part[i] for part in parts], axis=0) for i in range(4)]  # (tiles, g, ...), tiles by_steps
-    unsort = xp.argsort(by_steps)
-    state = [xp.take(one, unsort, axis=0) for one in state]
-    back = xp.argsort(order)
-    top, total, out, read = (xp.take(xp.reshape(one, (count * g, *one.shape[2:])), back, axis=0) for one in state)
-    return top, total, out, read
+def tilings(
+    flat: Flat, query_codes: Array, key_codes: Array, window: int, max_bucket: int | None, width: int
+) -> Iterator["Tiling"]:
+    """The window, if there is one, and the tables, each as tiles of the pairs that none before it has; `width` numbers
+    a query and a key have together."""
+    found = []
+    if window:
+        found.append(flat.buckets(*flat.one_bucket(), recent=window))
+    for table in range(key_codes.shape[1]):
+        numbers = flat.numbers(query_codes[:, :, table, :], key_codes[:, table, :])
+        found.append(flat.buckets(*numbers, older=window, limit=max_bucket))
+    ranks = [flat.xp.argsort(one.order) for one in found]
+    for table, one in enumerate(found):
+        yield Tiling(flat.xp, one, found[:table], ranks[:table], width)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A batch of tiles: queries `at` (tiles, g) against `steps` times m sorted keys from `low` (tiles,) on. `test` says
+    which pairs count, given sorted places and keys, both (tiles, m)."""
+
+    xp: Any
+    order: Array
+    at: Array
+    low: Array
+    m: int
+    steps: int
+    test: Callable[[Array, Array], Array]
+
+    def pairs(self) -> Iterator[tuple[Array, Array]]:
+        """Step by step: keys (tiles, m), and whether each of the queries counts them, (tiles, g, m) bool."""
+        xp, here = self.xp, array_api_compat.device(self.at)
+        for step in range(self.steps):
+            number = xp.arange(step * self.m, (step + 1) * self.m, dtype=xp.int64, device=here)
+            places = self.low[:, None] + number
+            inside = xp.where(places < self.order.shape[0], places, 0)  # out of range lies outside every run
+            numbers = xp.reshape(xp.take(self.order, xp.reshape(inside, (-1,))), places.shape)
+            yield numbers, self.test(places, numbers)
+
+
+class Tiling:
+    """The pairs of one table as tiles of g queries: iterated, batches of tiles; `restored` puts their states back."""
+
+    def __init__(self, xp: Any, found: Buckets, earlier: list[Buckets], ranks: list[Array], width: int) -> None:
+        queries, n_keys = found.start.shape[0], found.order.shape[0]
+        span = int(xp.max(found.stop - found.start))
+        mean = int(xp.sum(found.stop - found.start)) // queries
+        g = min(queries, max(16, min(128, mean)))
+        m = min(max(1, span + g), 2 * g)
+        count = -(-queries // g)
+        # Sorted by where the candidates start, then stop: the tiles of a bucket stay together and cover short runs.
+        order = xp.argsort(found.start * (n_keys + 1) + found.stop)
+        place = xp.arange(count * g, dtype=xp.int64, device=array_api_compat.device(order))
+        real = xp.reshape(place < queries, (count, g))
+        index = xp.reshape(xp.take(order, xp.where(place < queries, place, queries - 1)), (count, g))
+        start = xp.reshape(xp.take(found.start, xp.reshape(index, (-1,))), (count, g))
+        stop = xp.reshape(xp.take(found.stop, xp.reshape(index, (-1,))), (count, g))
+        stop = xp.where(real, stop, start)
+        some = stop > start
+        low = xp.min(xp.where(some, start, n_keys), axis=-1)  # (tiles,)
+        steps = (xp.maximum(xp.max(xp.where(some, stop, 0), axis=-1) - low, xp.zeros_like(low)) + m - 1) // m
+        self.xp, self.found, self.earlier, self.ranks = xp, found, earlier, ranks
+        self.order, self.index, self.start, self.stop, self.low, self.steps = order, index, start, stop, low, steps
+        self.by_steps = xp.argsort(steps)  # tiles of like length share a batch
+        self.m, self.batch = m, max(1, ELEMENTS // (g * m + (g + m) * width))
+
+    def __iter__(self) -> Iterator[Tiles]:
+        xp, count = self.xp, self.index.shape[0]
+        for first in range(0, count, self.batch):
+            tiles = self.by_steps[first : min(first + self.batch, count)]
+            at = xp.take(self.index, tiles, axis=0)
+            bounds = (xp.take(self.start, tiles, axis=0), xp.take(self.stop, tiles, axis=0))
+            test = _candidates(xp, at, bounds, self.earlier, self.ranks)
+            steps = int(xp.max(xp.take(self.steps, tiles)))
+            yield Tiles(xp, self.found.order, at, xp.take(self.low, tiles), self.m, steps, test)
+
+    def restored(self, parts: list[State]) -> State:
+        """The states of the queries (N, ...), from those of the tiles of each batch."""
+        xp = self.xp
+        unsort, back = xp.argsort(self.by_steps), xp.argsort(self.order)
+
+        def flat(i: int) -> Array:
+            one = xp.take(xp.concat([part[i] for part in parts], axis=0), unsort, axis=0)  # (tiles, g, ...)
+            return xp.take(xp.reshape(one, (-1, *one.shape[2:])), back, axis=0)
+
+        return flat(0), flat(1), flat(2), flat(3)
 
 
 def _candidates(
@@ -235,30 +271,14 @@ def _candidates(
     return test
 
 
-def _tiles(
-    xp: Any,
-    rows: Array,
-    keys: Array,
-    values: Array,
-    scale: float,
-    order: Array,
-    test: Callable[[Array, Array], Array],
-    at: Array,
-    low: Array,
-    m: int,
-    steps: int,
-) -> State:
-    """A batch of tiles: queries `at` (tiles, g) against `steps` times m sorted keys from `low` (tiles,) on."""
-    here = {"dtype": rows.dtype, "device": array_api_compat.device(rows)}
+def _tiles(xp: Any, rows: Array, keys: Array, values: Array, scale: float, tiles: Tiles) -> State:
+    """The states (tiles, g, ...) of the queries of some tiles."""
+    at, here = tiles.at, {"dtype": rows.dtype, "device": array_api_compat.device(rows)}
     query = _rows(xp, rows, at)  # (tiles, g, d)
     top = xp.full(at.shape, -xp.inf, **here)
     total, out = xp.zeros(at.shape, **here), xp.zeros((*at.shape, values.shape[1]), **here)
     read = xp.zeros_like(at)
-    for step in range(steps):
-        places = low[:, None] + xp.arange(step * m, (step + 1) * m, dtype=xp.int64, device=here["device"])
-        inside = xp.where(places < order.shape[0], places, 0)  # out of range lies outside every run
-        numbers = xp.reshape(xp.take(order, xp.reshape(inside, (-1,))), places.shape)  # (tiles, m)
-        counts = test(places, numbers)
+    for numbers, counts in tiles.pairs():
         logits = scale * (query @ xp.matrix_transpose(_rows(xp, keys, numbers)))  # (tiles, g, m)
         logits = xp.where(counts, logits, -xp.inf)
         highest = xp.maximum(top, xp.max(logits, axis=-1))
@@ -287,7 +307,7 @@ def _merge(xp: Any, a: State, b: State) -> State:
     )
 
 
-def _runs_mean(xp: Any, x: Array, order: Array, start: Array, stop: Array, center: Array | None = None) -> Array:
+def runs_mean(xp: Any, x: Array, order: Array, start: Array, stop: Array, center: Array | None = None) -> Array:
     """Mean of the rows x[order[start:stop]] of each run, (runs, width), or of (row - center)**2; zeros if empty."""
     device = array_api_compat.device(x)
     total = xp.zeros((start.shape[0], x.shape[1]), dtype=x.dtype, device=device)
@@ -303,15 +323,11 @@ def _runs_mean(xp: Any, x: Array, order: Array, start: Array, stop: Array, cente
     return total / xp.astype(xp.maximum(stop - start, xp.ones_like(start)), x.dtype)[:, None]
 
 
-def _mean_field(
-    xp: Any, flat: Flat, rows: Array, keys: Array, values: Array, scale: float, left: Array, first: Buckets
-) -> tuple[Array, Array]:
-    """Mean field of the first table's bucket, or of all kept keys, for the queries `left`: values and log masses.
-
-    The log mass of n Gaussian energies with its freezing transition: Derrida, Random-energy model, 1981.
-    """
-    whole = flat.buckets(*flat.one_bucket())
-    n_keys = keys.shape[0]
+def mean_runs(flat: Flat, left: Array, first: Buckets) -> tuple[Array, tuple[Array, Array], Array]:
+    """Whose mean field the queries `left` get: keys `order`, its runs (start, stop), and the run of each query: its
+    bucket in the first table, or its whole head where that is empty."""
+    xp, whole = flat.xp, flat.buckets(*flat.one_bucket())
+    n_keys = whole.order.shape[0]
     start, stop = xp.take(first.start, left), xp.take(first.stop, left)
     empty = start == stop
     order = xp.concat([first.order, whole.order])  # runs of buckets and, behind them, runs of whole heads
@@ -319,13 +335,22 @@ def _mean_field(
     stop = xp.where(empty, xp.take(whole.stop, left) + n_keys, stop)
     spread = 2 * n_keys + 1
     runs = xp.unique_inverse(start * spread + stop)
-    number = xp.reshape(runs.inverse_indices, (-1,))
-    ends = (runs.values // spread, runs.values % spread)
-    mean = _runs_mean(xp, keys, order, *ends)  # (runs, d)
-    variance = _runs_mean(xp, keys, order, *ends, center=mean)
-    value = _runs_mean(xp, values, order, *ends)
+    return order, (runs.values // spread, runs.values % spread), xp.reshape(runs.inverse_indices, (-1,))
+
+
+def mean_field(
+    xp: Any, flat: Flat, rows: Array, keys: Array, values: Array, scale: float, left: Array, first: Buckets
+) -> tuple[Array, Array]:
+    """Mean field of the first table's bucket, or of all kept keys, for the queries `left`: values and log masses.
+
+    The log mass of n Gaussian energies with its freezing transition: Derrida, Random-energy model, 1981.
+    """
+    order, ends, number = mean_runs(flat, left, first)
+    mean = runs_mean(xp, keys, order, *ends)  # (runs, d)
+    variance = runs_mean(xp, keys, order, *ends, center=mean)
+    value = runs_mean(xp, values, order, *ends)
     query = xp.take(rows, left, axis=0)
-    count = stop - start
+    count = xp.take(ends[1] - ends[0], number)
     log_count = xp.log(xp.astype(xp.maximum(count, xp.ones_like(count)), keys.dtype))
     sigma2 = scale * scale * xp.sum(query * query * xp.take(variance, number, axis=0), axis=-1)
     frozen = xp.sqrt(2.0 * log_count * sigma2)
@@ -334,7 +359,7 @@ def _mean_field(
     return xp.take(value, number, axis=0), xp.where(count > 0, level, -xp.inf)
 
 
-def _past_mean(
+def past_mean(
     xp: Any, flat: Flat, rows: Array, keys: Array, values: Array, scale: float, left: Array
 ) -> tuple[Array, Array]:
     """Mean value of the kept keys up to the position of each query of `left`, and the log mass of their mean key."""

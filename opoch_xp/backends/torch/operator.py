@@ -11,6 +11,7 @@ import torch
 
 from opoch_xp.arguments import check_arrays, prepare, restore
 from opoch_xp.backends.torch.exact import exact_backward
+from opoch_xp.backends.torch.lsh_gradients import lsh_backward
 from opoch_xp.backends.torch.tree_gradients import forest_backward
 from opoch_xp.cost import visible_pairs
 from opoch_xp.forest import rows_per_query
@@ -148,8 +149,6 @@ def gradients(problem: Problem, method: Method, lse: Tensor, dout: Tensor, delta
     if isinstance(method, Treecode):
         return forest_backward(problem, method, lse, dout, delta)
     if isinstance(method, LSH):
-        from opoch_xp.backends.torch.buckets import lsh_backward
-
         return lsh_backward(problem, method, lse, dout, delta)
     return exact_backward(
         problem.q, problem.k, problem.v, lse, dout, delta, causal=problem.causal, scale=problem.scale, mask=problem.mask
