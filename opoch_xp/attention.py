@@ -106,7 +106,12 @@ def attend(
         check_method(method)
     graph = follower(q, k, v) if backend in (None, "torch") else None
     if graph is not None:
-        q, k, v = graph.cast(q, k, v)
+        if graph.casts(q):  # the result has the dtype that the library's automatic casts give it; the sums are ours
+            with graph.without_casts(q):
+                return attend(
+                    *graph.cast(q, k, v), causal=causal, scale=scale, key_mask=key_mask, method=method, tol=tol,
+                    backend=backend, check=check, check_finite=check_finite,
+                )  # fmt: skip
         if graph.opaque(q, k, v):
             refused = {"tol": tol, "check": check, "check_finite": check_finite}
             return _unseen(graph, q, k, v, causal, scale, key_mask, method, refused)

@@ -223,6 +223,8 @@ def audit(
         if given_shape != expected:
             raise ValueError(f"output must have out {expected}, got {given_shape}")
         out = xp.reshape(xp.astype(output.out, problem.q.dtype, copy=False), shape)
+        if output.report.method is None:
+            raise ValueError("output must come from a call that names its method: a compiled call chose its own")
         given = Solution(out, xp.reshape(output.lse, shape[:3]))
         return audit_solution(problem, given, output.report.method, lead, rows=rows, seed=seed)
     if method is None:

@@ -78,7 +78,8 @@ def centered(problem: Problem, method: LSH, first: "First | None") -> tuple[Arra
 class First:
     """The first kept keys of each head, which every query that sees all of them is centered by.
 
-    k (batch, m, d), v (batch, m, d_v), mask (batch, m) or None; order (batch, m): their places, None for the first m; seen (batch or 1, n_q), the kept keys a query may see.
+    k (batch, m, d), v (batch, m, d_v), mask (batch, m) or None; order (batch, m): their places,
+    None for the first m; seen (batch or 1, n_q), the kept keys a query may see.
     Queries that see at most m are the first `early` rows of their head, in the head that has most of them.
     """
 

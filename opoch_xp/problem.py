@@ -39,8 +39,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), and the rows read per query by part (mean): numbers, or
-    arrays of no axes where only the device knows them."""
+    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), and the rows read per query by part (mean): numbers,
+    or arrays of no axes where only the device knows them."""
 
     out: Array
     lse: Array

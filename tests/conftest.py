@@ -1,5 +1,6 @@
 """`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`."""
 
+import os
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ class Backend:
     option: str
     name: str | None
     xp: Any
+    device: str | None = None
 
     @property
     def kernels(self) -> Any:
         return kernels_for(self.xp, self.name)
 
     def array(self, array: Any) -> Any:
-        """A copy of a host array in the backend's library."""
-        return self.xp.asarray(np.array(array))
+        """A copy of a host array in the backend's library, on the device asked for."""
+        return self.xp.asarray(np.array(array), **({} if self.device is None else {"device": self.device}))
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of one of the backend's arrays."""
@@ -47,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend", default="numpy", help="numpy (the plugin), generic, strict, or a library: torch, jax.numpy, ..."
     )
 
+    parser.addoption(
+        "--device",
+        default=None,
+        help="where the library's arrays live: cuda; OPOCH_REQUIRE_GPU=1 makes a lack an error",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -61,7 +69,19 @@ def pytest_configure(config: pytest.Config) -> None:
     examples, phases = (15 if option == "strict" else 40), (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
     settings.load_profile("suite")
-    config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp)
+    device = config.getoption("--device")
+    if device is not None:
+        _require(device)
+    config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp, device)
+
+
+def _require(device: str) -> None:
+    """Ends the run where the device is not there: as a success that says why, or as a failure where one is required."""
+    found = import_module("torch").cuda.is_available()
+    if not found:
+        reason = f"--device {device}: PyTorch finds no GPU on this machine"
+        required = os.environ.get("OPOCH_REQUIRE_GPU") == "1"
+        pytest.exit(f"{reason}{' and OPOCH_REQUIRE_GPU=1' if required else ''}", returncode=1 if required else 0)
 
 
 BACKEND = pytest.StashKey[Backend]()

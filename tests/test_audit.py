@@ -175,7 +175,7 @@ def test_a_bad_choice_warns_and_names_the_figure_and_the_cure(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cheap_treecode(backend, monkeypatch)
-    q, k, v = arrays(backend, *needles(4095, 32))
+    q, k, v = arrays(backend, *needles(4095))
     with pytest.warns(
         ox.ApproximationWarning, match=r"errs by \d+\.\d% .* 32 sampled rows .* tol= .*check=False"
     ) as seen:

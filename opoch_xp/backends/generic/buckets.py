@@ -56,7 +56,7 @@ def bucket_attention(
     """
     xp = array_api_compat.array_namespace(q)
     batch, repeat, n_q, dim = q.shape
-    n_k, tables, width = k.shape[1], key_codes.shape[1], v.shape[-1]
+    n_k, width = k.shape[1], v.shape[-1]
     if 0 in (batch, repeat, n_q):
         read = xp.zeros((batch, repeat, n_q), dtype=xp.int64, device=array_api_compat.device(q))
         out = xp.zeros((batch, repeat, n_q, width), dtype=q.dtype, device=array_api_compat.device(q))

@@ -152,6 +152,8 @@ def exact_backward(
             dv[entries, keys] += torch.bmm(weight.mT, slope)
             dlogit = torch.bmm(slope, v[entries, keys].mT, out=scratch("dlogit", *weight.shape))
             dlogit.sub_(rest).mul_(weight)
-            dq[entries, :, span] += torch.bmm(dlogit, k[entries, keys]).mul_(scale).view(-1, repeat, *q[0, 0, span].shape)
+            dq[entries, :, span] += (
+                torch.bmm(dlogit, k[entries, keys]).mul_(scale).view(-1, repeat, *q[0, 0, span].shape)
+            )
             dk[entries, keys] += torch.bmm(dlogit.mT, rows)
     return dq, dk, dv

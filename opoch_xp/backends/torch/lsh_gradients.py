@@ -130,9 +130,7 @@ class _Rows:
         self.dv += gradient[:, self.k.shape[1] :]
 
 
-def _early_backward(
-    problem: Problem, first: Any, lse: Tensor, dout: Tensor, delta: Tensor, into: Gradients
-) -> None:
+def _early_backward(problem: Problem, first: Any, lse: Tensor, dout: Tensor, delta: Tensor, into: Gradients) -> None:
     """Adds the gradients of the queries that see only the first keys, exactly; lse is inf for all others."""
     rows, (dq, dk, dv) = slice(0, first.early), into
     number = torch.arange(first.k.shape[1], device=lse.device)
@@ -142,7 +140,9 @@ def _early_backward(
     q, dout = (torch.where(keep, x[:, :, rows], 0.0) for x in (problem.q, dout))
     delta = torch.where(keep, delta[:, :, rows, None], 0.0)
     keys, values = first.k[:, None], first.v[:, None]
-    weight = weights_of((problem.scale * q @ keys.mT).masked_fill_(hidden, -torch.inf), torch.where(keep, lse, torch.inf))
+    weight = weights_of(
+        (problem.scale * q @ keys.mT).masked_fill_(hidden, -torch.inf), torch.where(keep, lse, torch.inf)
+    )
     dlogit = (dout @ values.mT - delta) * weight * problem.scale
     dq[:, :, rows] += dlogit @ keys
     for x, gradient in ((dk, dlogit.mT @ q), (dv, weight.mT @ dout)):

@@ -39,19 +39,16 @@ def method_of(numbers: list[int], problem: Problem) -> Method:
     if not numbers:
         return choose(problem)[0]
     kind, *values = numbers
-    if KINDS[kind] is LSH:
-        *rest, bucket, center = values
-        return LSH(*rest, None if bucket < 0 else bucket, bool(center))
-    return KINDS[kind](*values)
+    named: dict[str, Any] = {
+        field.name: bool(value) if field.type in (bool, "bool") else None if value < 0 else value
+        for field, value in zip(fields(KINDS[kind]), values, strict=True)
+    }
+    return KINDS[kind](**named)
 
 
 def follows(*arrays: Any) -> bool:
     """Whether PyTorch follows what is computed from these arrays: for gradients, to compile or batch it, or to cast."""
-    return (
-        opaque(*arrays)
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays))
-        or torch.is_autocast_enabled(arrays[0].device.type)
-    )
+    return opaque(*arrays) or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or casts(arrays[0])
 
 
 def opaque(*arrays: Any) -> bool:
@@ -68,13 +65,20 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def casts(array: Tensor) -> bool:
+    """Whether autocast is on for the array's device."""
+    return array.device.type != "meta" and torch.is_autocast_enabled(array.device.type)
+
+
 def cast(*arrays: Tensor) -> tuple[Tensor, ...]:
-    """The arrays in the dtype of autocast where that is on, as scaled_dot_product_attention takes them."""
-    kind = arrays[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return arrays
-    dtype = torch.get_autocast_dtype(kind)
+    """The arrays in the dtype of autocast, as scaled_dot_product_attention takes them: float64 stays."""
+    dtype = torch.get_autocast_dtype(arrays[0].device.type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in arrays)
+
+
+def without_casts(array: Tensor) -> torch.autocast:
+    """The context in which nothing is cast: what is summed in float32 stays there."""
+    return torch.autocast(array.device.type, enabled=False)
 
 
 def attend(
@@ -91,7 +95,8 @@ def attend_operator(
 ) -> Outputs:
     """`attend` on arrays that hold numbers."""
     problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
-    solution = solve(problem, method_of(method, problem))
+    with without_casts(q):
+        solution = solve(problem, method_of(method, problem))
     figures = [torch.as_tensor(solution.rows.get(name, 0.0), device=q.device).float() for name in FIGURES]
     out, lse = restore(q, v, solution.out, solution.lse, problem.xp)
     return out, lse, torch.stack(figures)
@@ -116,8 +121,8 @@ def attend_backward(
     out, dout = (x.to(problem.q.dtype).reshape(*shape, v.shape[-1]) for x in (out, dout))
     seen = torch.isfinite(lse.reshape(shape))
     delta = (dout * torch.where(seen[..., None], out, 0.0)).sum(-1) - dlse.to(problem.q.dtype).reshape(shape)
-    found = gradients(problem, method_of(method, problem), lse.reshape(shape), dout, delta)
-    dq, dk, dv = found
+    with without_casts(q):
+        dq, dk, dv = gradients(problem, method_of(method, problem), lse.reshape(shape), dout, delta)
     dq = torch.where(torch.isnan(lse.reshape(shape))[..., None], torch.nan, dq)
     if problem.mask is not None:
         dk, dv = (torch.where(problem.mask[..., None], x, 0.0) for x in (dk, dv))
@@ -207,7 +212,7 @@ class _AttendBackward(torch.autograd.Function):
     backward = staticmethod(_refuse)
 
 
-def _front(x: Tensor | None, axis: int | None, size: int) -> Tensor | None:
+def _front(x: Any, axis: int | None, size: int) -> Any:
     """x with the axis that torch.func.vmap batches in front, repeated where x is the same for all."""
     if x is None:
         return None
@@ -220,10 +225,11 @@ def _headed(x: Tensor, flat: bool) -> Tensor:
 
 
 @attend_operator.register_vmap
-def _(info: Any, axes: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, mask: Any, *options: Any) -> Any:
-    arrays = [_front(x, axis, info.batch_size) for x, axis in zip((q, k, v, mask), axes, strict=False)]
-    flat = arrays[0].ndim == 3  # type: ignore[union-attr]
-    out, lse, figures = attend_operator(*(_headed(x, flat) for x in arrays[:3]), arrays[3], *options)
+def _(info: Any, axes: tuple[Any, ...], *inputs: Any) -> Any:
+    *arrays, causal, scale, method = inputs
+    q, k, v, mask = (_front(x, axis, info.batch_size) for x, axis in zip(arrays, axes, strict=False))
+    flat = q.ndim == 3
+    out, lse, figures = attend_operator(*(_headed(x, flat) for x in (q, k, v)), mask, causal, scale, method)
     out, lse = (x[:, 0] if flat else x for x in (out, lse))
     return (out, lse, figures), (0, 0, None)
 

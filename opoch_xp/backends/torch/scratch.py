@@ -41,9 +41,10 @@ def softmax(logits: Tensor, weight: Tensor, masked: bool) -> tuple[Tensor, Tenso
     if not logits.shape[2]:
         return weight, logits.new_full((*logits.shape[:2], 1), -torch.inf)
     torch.softmax(logits, 2, out=weight)
-    lse = logits.amax(2, keepdim=True) - weight.amax(2, keepdim=True).log_()
+    top = logits.amax(2, keepdim=True)
+    lse = top - weight.amax(2, keepdim=True).log_()
     if masked:
-        unseen = torch.isnan(lse)
+        unseen = top == -torch.inf
         weight.masked_fill_(unseen, 0.0)
         lse.masked_fill_(unseen, -torch.inf)
     return weight, lse
@@ -51,4 +52,4 @@ def softmax(logits: Tensor, weight: Tensor, masked: bool) -> tuple[Tensor, Tenso
 
 def weights_of(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits - lse) in place; what is denormal counts as zero."""
-    return functional.threshold_(logits.sub_(lse), LOWEST, -torch.inf).exp_()
+    return functional.threshold(logits.sub_(lse), LOWEST, -torch.inf, inplace=True).exp_()

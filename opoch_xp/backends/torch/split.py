@@ -21,7 +21,7 @@ CACHED = 16384  # rows split together on the CPU: 4 MB of float32 at d = 64, in 
 
 def principal_order(x: Tensor, axes: Any, iterations: int, kept: Tensor | None) -> Tensor:
     """See opoch_xp.backends.generic.tree.principal_order. An axis is found from SAMPLE evenly spaced rows of a node."""
-    tasks, n, dim = x.shape
+    tasks, n, _ = x.shape
     starts = torch.as_tensor(axes, dtype=x.dtype).to(x.device, non_blocking=True)
     cached = CACHED if x.device.type == "cpu" else max(1, x[..., 0].numel())
     scratch = Scratch(x)
@@ -63,10 +63,8 @@ def finite_rows(queries: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(finite[..., None], queries, 0.0), finite
 
 
-def _descend(
-    x: Tensor, kept: Tensor | None, order: Tensor, starts: Tensor, iterations: int, scratch: Scratch
-) -> None:
-    """Order the rows x[order], x (n, d), in place: halves until they fit in cache, then all levels of a part at once."""
+def _descend(x: Tensor, kept: Tensor | None, order: Tensor, starts: Tensor, iterations: int, scratch: Scratch) -> None:
+    """Order the rows x[order], x (n, d), in place: halves until they fit in cache, then a part's levels at once."""
     size = len(order)
     if size <= CACHED or not len(starts):
         rows = scratch.gather("rows", x, order)
@@ -111,7 +109,7 @@ def _halves(projection: Tensor) -> Tensor:
     """Places (nodes, size) of each row's lower half, in any order, and then of its upper half."""
     nodes, size = projection.shape
     if projection.device.type != "cpu":
-        return projection.argsort(1, stable=True)
+        return projection.argsort(dim=1, stable=True)
     lower = projection.topk(size // 2, dim=1, largest=False, sorted=False).indices
     above = torch.ones(nodes, size, dtype=torch.bool).scatter_(1, lower, False)
     upper = above.nonzero()[:, 1].view(nodes, size - size // 2)

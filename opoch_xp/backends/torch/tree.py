@@ -7,8 +7,9 @@ threads share every call; on other devices a batch is as large as ELEMENTS allow
 Letters: G groups, g queries of each, m candidate nodes, d and e the widths of keys and values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from math import log
 from typing import Any
@@ -172,8 +173,8 @@ class Level:
     family (G, k): rows of `Groups.families` that hold them; candidates (G, m), numbered from the run's first chunk;
     rows (G, m, 2 d + e), their summaries; half (G, g, m) = sigma^2 / 2; limit: ln of their counts, (G, 1, m) or one for
     all, None where no node is frozen; weight (G, g, m) = exp(mass - lse), lse (G, g, 1). pick (G, k): places of the
-    nodes that are opened; own (G, g, o): of each query's own cells, at the finest level; the weights of both are zeroed.
-    The arrays are scratch: they last until the next level is asked for.
+    nodes that are opened; own (G, g, o): of each query's own cells, at the finest level; the weights of
+    both are zeroed. The arrays are scratch: they last until the next level is asked for.
     """
 
     number: int
@@ -204,10 +205,19 @@ class Groups:
         self.kept = None if tree.kept is None else tree.kept.reshape(-1, tree.leaf)
         self.counts = None if tree.counts is None else [a.reshape(-1) for a in tree.counts]
         self.scratch = Scratch(tree.cells)
+        self.fused = fused_for(tree, method)
+        if self.fused is not None:  # the nodes of all levels in one list
+            self.rows = torch.cat([a.view(-1, a.shape[2]) for a in tree.summaries])
+            logs = [torch.full_like(a[..., 0], log(size)) for a, size in zip(tree.summaries, tree.sizes, strict=True)]
+            logs = logs if tree.counts is None else [count.log() for count in tree.counts]
+            self.logs = torch.cat([a.reshape(-1) for a in logs]).float()
+            self.offsets = np.cumsum([0, *(a.shape[0] * a.shape[1] for a in tree.summaries)]).tolist()
 
     def __call__(self, q: Tensor, votes: Tensor | None, batch: Batch, lists: Lists | None) -> tuple[Tensor, Tensor]:
         """Queries q (G, g, d), voting with `votes` (G, g), against their chunks: out (G, g, e), lse (G, g)."""
         dim, scaled = self.tree.dim, q * self.scale
+        if self.fused is not None:
+            return self.by_lists(q, scaled, votes, batch, lists)
         outs, totals, lses = [], [], []
         for level in self.levels(scaled, votes, batch, lists):
             outs.append(torch.bmm(level.weight, level.rows[..., 2 * dim :]))
@@ -221,6 +231,21 @@ class Groups:
                 totals.append(torch.ones_like(lse))
                 lses.append(lse)
         return merged(outs, totals, lses)
+
+    def by_lists(
+        self, q: Tensor, scaled: Tensor, votes: Tensor | None, batch: Batch, lists: Lists | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same through the fused kernel, which reads what the levels leave and what the groups open by itself."""
+        far = []
+        for level in self.levels(scaled, votes, batch, lists):
+            node = level.candidates + batch.first[:, None] * self.nodes[level.number] + self.offsets[level.number]
+            far.append(node.scatter(1, level.pick, -1))
+        near = level.candidates.gather(1, level.pick) + batch.first[:, None] * self.nodes[0]
+        assert self.fused is not None
+        return self.fused(
+            q.contiguous(), self.rows, self.logs, torch.cat(far, 1), self.tree.cells.view(-1, self.width),
+            None if self.kept is None else self.kept.reshape(-1), near, leaf=self.tree.leaf, scale=self.scale,
+        )  # fmt: skip
 
     def levels(self, scaled: Tensor, votes: Tensor | None, batch: Batch, lists: Lists | None) -> Iterator[Level]:
         """The levels from the coarsest on, each with its `pick`, whose weights are zeroed: what is left is far."""
@@ -272,7 +297,8 @@ class Groups:
     ) -> tuple[Tensor, Tensor, Tensor | float | None]:
         """Log mass (G, g, m) of the nodes of `rows`, sigma^2 / 2, and `Level.limit`; see generic.tree.log_mass.
 
-        ln n + sigma^2 / 2 - max(0, sigma - sqrt(2 ln n))^2 / 2, without the ln n where it is the same for all nodes.
+        ln n + min(h, ln n) + 2 sqrt(ln n) max(0, sqrt(h) - sqrt(ln n)) with h = sigma^2 / 2, which cancels nowhere;
+        without the first ln n where it is the same for all nodes.
         """
         dim, shape = self.tree.dim, (*scaled.shape[:2], rows.shape[1])
         half = torch.bmm(square, rows[..., dim : 2 * dim].mT, out=self.scratch("half", *shape))
@@ -287,8 +313,11 @@ class Groups:
             limit = torch.where(count > 0, count.log(), -torch.inf)[:, None]  # (G, 1, m)
             root = limit.clamp_min(0.0).sqrt()
         frozen = torch.sqrt(half, out=self.scratch("frozen", *shape)).sub_(root).clamp_min_(0.0)
-        torch.addcmul(half, frozen, frozen, value=-1, out=mass).baddbmm_(scaled, means)
-        return mass if self.counts is None else mass.add_(limit), half, limit
+        if self.counts is None:
+            torch.clamp_max(half, limit, out=mass).add_(frozen, alpha=2 * root)
+            return mass.baddbmm_(scaled, means), half, limit
+        torch.minimum(half, root.square(), out=mass).addcmul_(frozen, root, value=2)
+        return mass.baddbmm_(scaled, means).add_(limit), half, limit
 
     def near_rows(self, scaled: Tensor, level: Level, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Near field of the groups: cells (G, near), their keys and values (G, m, d + e), logits (G, g, m)."""
@@ -336,12 +365,23 @@ class Groups:
         for some, _, keys in self.own_rows(scaled, level, batch, logits):
             torch.softmax(logits[some], 1, out=weight[some])
             torch.bmm(weight[some, None], keys[..., self.tree.dim :], out=out[some])
-        lse = logits.amax(1, keepdim=True) - weight.amax(1, keepdim=True).log_()
+        top = logits.amax(1, keepdim=True)
+        lse = top - weight.amax(1, keepdim=True).log_()
         if self.kept is not None:
-            unseen = torch.isnan(lse)
+            unseen = top == -torch.inf
             out.masked_fill_(unseen[..., None], 0.0)
             lse.masked_fill_(unseen, -torch.inf)
         return out.view(groups, queries, -1), lse.view(groups, queries, 1)
+
+
+def fused_for(tree: Tree, method: Treecode) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The fused kernel, for CUDA tensors it takes; own cells are read by the plain steps alone."""
+    width = tree.cells.shape[2] - tree.dim
+    if tree.cells.device.type != "cuda" or method.own or find_spec("triton") is None:
+        return None
+    from opoch_xp.backends.torch.fused import attend_lists, supports
+
+    return attend_lists if supports(tree.cells.dtype, tree.dim, width) else None
 
 
 def merged(outs: list[Tensor], totals: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -351,8 +391,9 @@ def merged(outs: list[Tensor], totals: list[Tensor], lses: list[Tensor]) -> tupl
     for exp(lse) times itself.
     """
     total, lse = torch.stack(totals), torch.stack(lses)
-    top = lse.amax(0).clamp_min_(torch.finfo(lse.dtype).min)
-    factor = (lse - top).exp_()
+    some = total > torch.finfo(total.dtype).tiny  # a level whose heavy nodes are all opened may have nothing left
+    top = torch.where(some, lse + total.log(), -torch.inf).amax(0).clamp_min_(torch.finfo(lse.dtype).min)
+    factor = torch.where(some, lse - top, -torch.inf).exp_()
     whole = (total * factor).sum(0)
     factor /= torch.where(whole > 0, whole, 1.0)
     out = outs[0].mul_(factor[0])

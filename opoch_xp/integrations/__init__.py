@@ -1,0 +1,1 @@
+"""Other libraries' models on opoch_xp's attention."""

@@ -1,0 +1,136 @@
+"""Hugging Face transformers: models with attn_implementation="opoch_treecode" attend through opoch_xp.
+
+    from opoch_xp.integrations import transformers
+    transformers.register()
+    model = AutoModel.from_pretrained(..., attn_implementation="opoch_treecode")
+
+Two functions are registered under the name. The one for masks turns what the model asks for into a mask of keys, which
+says by its shape what else there is to know:
+
+    (batch or 0, seen)          causal; the first `seen` keys hold something, 0 rows: none of them is padding
+    (batch or 0, 1, 1, keys)    not causal
+
+and refuses what is neither, such as sliding windows. The one for attention takes it from there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from opoch_xp.attention import attention
+from opoch_xp.methods import Method
+from opoch_xp.solve import check_method
+
+Tensor = torch.Tensor
+
+RESERVED = ("sdpa", "flex_attention", "/", "eager", "paged")  # what transformers looks for in a name
+WITHOUT_EFFECT = {  # on attention, of the keywords that models hand through
+    "cache_position", "is_causal", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "past_key_values",
+    "position_embeddings", "position_ids", "return_dict", "token_type_ids", "use_cache",
+}  # fmt: skip
+
+
+def register(name: str = "opoch_treecode", method: Method | None = None) -> None:
+    """Make `attn_implementation=name` attend by `method`; None: exact attention or a treecode, by predicted cost.
+
+    Grouped-query heads, padding on either side, causal models and encoders, prefill and decoding with a cache are
+    honoured; gradients too. Rows that are padding come out as zeros. Raises ValueError for a name that transformers
+    would take for another, TypeError for a method that is none. What cannot be honoured raises NotImplementedError when
+    a model asks for it: soft-capping, sliding or chunked windows, packed sequences, four-dimensional masks of the
+    caller's, attention dropout, attention weights as output, sinks, additive biases.
+    """
+    if not isinstance(name, str) or not name or any(word in name for word in RESERVED):
+        raise ValueError(f"name must be a string without {', '.join(map(repr, RESERVED))}, got {name!r}")
+    if method is not None:
+        check_method(method)
+    AttentionInterface.register(name, _attend_by(method))
+    AttentionMaskInterface.register(name, key_mask)
+
+
+def key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: Any = "cpu",
+    **others: Any,
+) -> Tensor:
+    """The mask of keys of the module docstring; bool, True = keep. attention_mask (batch, keys) is the padding mask."""
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise NotImplementedError(
+            "the model asks for a mask that is neither causal nor full (a sliding or chunked window, packed sequences,"
+            " or one of its own), which opoch_xp does not have; use attn_implementation='eager' or 'sdpa'"
+        )
+    causal = mask_function is causal_mask_function
+    start = int(kv_offset)
+    seen = int(q_offset) + q_length - start if causal else kv_length  # a static cache is longer than what it holds
+    if attention_mask is None:
+        padding = torch.empty(0, seen, dtype=torch.bool, device=device)
+    else:
+        padding = attention_mask[:, start : start + seen].to(torch.bool)
+        padding = torch.nn.functional.pad(padding, (0, seen - padding.shape[1]), value=False)
+        padding = padding[:0] if bool(padding.all()) else padding
+    return padding if causal else padding[:, None, None, :]
+
+
+def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
+    def opoch_attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """query (B, H, n_q, d), key and value (B, H_kv, n_k, d); returns (B, n_q, H, d) and no weights."""
+        _refuse(dropout, others)
+        causal, kept = _read(module, attention_mask, query.shape, key.shape[2], others.get("is_causal"))
+        if kept is not None:
+            key, value = key[:, :, : kept.shape[1]], value[:, :, : kept.shape[1]]
+        padding = kept if kept is not None and kept.shape[0] else None
+        out = attention(
+            query, key, value, causal=causal, scale=scaling, key_mask=padding, method=method,
+            check=None if method is None else False,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
+
+    return opoch_attention
+
+
+def _read(
+    module: Any, mask: Tensor | None, shape: torch.Size, n_k: int, is_causal: bool | None
+) -> tuple[bool, Tensor | None]:
+    """Whether attention is causal, and the mask (batch or 0, seen) of the keys, or None: the first `seen` are there."""
+    batch, _, n_q, _ = shape
+    if mask is None:  # the model has masks of its own, or none
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        return bool(causal) and n_q > 1, None
+    if mask.ndim == 2 and mask.shape[0] in (0, batch) and mask.shape[1] <= n_k:
+        return True, mask
+    if mask.ndim == 4 and mask.shape[0] in (0, batch) and mask.shape[1:] == (1, 1, n_k) and mask.dtype == torch.bool:
+        return False, mask[:, 0, 0]
+    raise NotImplementedError(
+        f"attention_mask must be a padding mask (batch, keys), got one of shape {tuple(mask.shape)} and dtype"
+        f" {mask.dtype} for {n_q} queries and {n_k} keys: opoch_xp takes no other mask"
+    )
+
+
+def _refuse(dropout: float, others: dict[str, Any]) -> None:
+    if dropout:
+        raise NotImplementedError(
+            f"attention dropout must be 0, got {dropout}: set the model's attention dropout to 0, or call model.eval()"
+        )
+    for name, value in others.items():
+        if value is not None and value is not False and name not in WITHOUT_EFFECT:
+            raise NotImplementedError(
+                f"opoch_xp's attention cannot honour {name}={value if not isinstance(value, Tensor) else 'a tensor'};"
+                " use attn_implementation='eager' or 'sdpa'"
+            )

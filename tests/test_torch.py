@@ -1,0 +1,284 @@
+"""What PyTorch follows: gradients, torch.compile, torch.func, autocast, meta tensors; and what it must be told."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import opoch_xp as ox  # noqa: E402
+from opoch_xp.backends import kernels_for  # noqa: E402
+
+SMALL = ox.Treecode(block=16, leaf=4, fan=4, branch=2, top=2, group=8, open=3, near=2, own=2)
+FAR = ox.Treecode(block=16, leaf=2, fan=4, branch=4, top=4, group=5, open=2, near=1, own=0)
+SINGLE = ox.Treecode(block=16, leaf=1, fan=2, branch=2, top=4, group=1, open=2, near=1, own=3)
+BUCKETS = ox.LSH(bits=3, tables=2)
+ALONE = ox.LSH(bits=6, tables=1, max_bucket=2)  # many queries without a candidate: the mean field's gradient
+WINDOW = ox.LSH(bits=2, tables=2, window=3, center=False)
+METHODS = (SMALL, FAR, SINGLE, ox.Exact(), BUCKETS, ALONE, ox.LSH(bits=0))
+
+
+def qkv(*lead: int, n: int = 60, d: int = 6, dtype: Any = torch.float64, grad: bool = True, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*lead, n, d)
+    return [torch.randn(shape, dtype=dtype, generator=generator).requires_grad_(grad) for _ in range(3)]
+
+
+def grouped(seed: int = 0, n_q: int = 40, n_k: int = 60) -> Any:
+    """Four query heads on two key heads, values of another width; logits that are not flat."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1, 4, n_q, 6), (1, 2, n_k, 6), (1, 2, n_k, 5)
+    return [(1.5 * torch.randn(s, dtype=torch.float64, generator=generator)).requires_grad_() for s in shapes]
+
+
+def call(method: Any, **keywords: Any) -> Callable[..., Any]:
+    def attend(*arrays: Any) -> Any:
+        found = ox.attend(*arrays, method=method, **keywords)
+        return found.out, torch.where(torch.isfinite(found.lse), found.lse, 0.0)  # rows that see nothing: -inf
+
+    return attend
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, WINDOW], ids=repr)
+def test_gradients_of_out_and_lse(method: Any, causal: bool, masked: bool) -> None:
+    if getattr(method, "window", 0) and not causal:
+        pytest.skip("a window is causal")
+    mask = torch.rand(1, 60, generator=torch.Generator().manual_seed(3)) < 0.7 if masked else None
+    assert torch.autograd.gradcheck(call(method, causal=causal, key_mask=mask), grouped(), fast_mode=True)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_gradients_equal_those_through_the_generic_kernels(method: Any) -> None:
+    """Every entry of every gradient, where queries outnumber keys and some see nothing."""
+    q, k, v = grouped(5, n_q=70)
+    found = []
+    for backend in ("generic", "torch"):
+        out, lse = call(method, causal=True, backend=backend)(q, k, v)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        found.append(torch.autograd.grad((out * weight).sum() + lse.square().sum(), (q, k, v)))
+    for generic, ours in zip(*found, strict=True):
+        assert float((generic - ours).abs().max()) <= 1e-11 * float(generic.abs().max())
+
+
+def test_gradients_of_a_spoiled_query_stay_in_its_row() -> None:
+    q, k, v = qkv(n=64)
+    clean = torch.autograd.grad(ox.attention(q, k, v, causal=True, method=ox.Exact())[:60].sum(), (q, k, v))
+    bad = q.detach().clone()
+    bad[61] = torch.nan
+    bad.requires_grad_()
+    for method in (ox.Exact(), SMALL):
+        out = ox.attention(bad, k, v, causal=True, method=method)
+        found = torch.autograd.grad(out.sum(), (bad, k, v))
+        assert torch.isnan(out[61]).all()
+        assert torch.isnan(found[0][61]).all()
+        assert all(torch.isfinite(g).all() for g in (found[0][:61], *found[1:]))
+    out = ox.attention(bad, k, v, causal=True, method=ox.Exact())[:60].sum()
+    for ours, right in zip(torch.autograd.grad(out, (bad, k, v)), clean, strict=True):
+        keep = torch.isfinite(ours)
+        assert float((ours - right)[keep].abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)])
+def test_some_inputs_alone_need_a_gradient(which: tuple[int, ...]) -> None:
+    arrays = qkv(2)
+    whole = torch.autograd.grad(ox.attention(*arrays, causal=True, method=SMALL).square().sum(), arrays)
+    some = [x.detach().requires_grad_(i in which) for i, x in enumerate(arrays)]
+    ox.attention(*some, causal=True, method=SMALL).square().sum().backward()
+    for i, x in enumerate(some):
+        assert torch.equal(x.grad, whole[i]) if i in which else x.grad is None
+
+
+def test_no_grad_keeps_nothing_and_gives_the_same() -> None:
+    arrays = qkv(2)
+    followed = ox.attention(*arrays, causal=True, method=SMALL)
+    with torch.no_grad():
+        out = ox.attention(*arrays, causal=True, method=SMALL)
+    assert followed.requires_grad
+    assert not out.requires_grad
+    assert torch.equal(out, followed)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = qkv(2)
+    first = torch.autograd.grad(ox.attention(q, k, v, method=SMALL).square().sum(), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_have_the_dtype_of_their_inputs(dtype: Any) -> None:
+    wide = qkv(2, dtype=torch.float64)
+    right = torch.autograd.grad(ox.attention(*wide, causal=True, method=ox.Exact()).square().sum(), wide)
+    low = [x.detach().to(dtype).requires_grad_() for x in wide]
+    out = ox.attention(*low, causal=True, method=ox.Exact())
+    found = torch.autograd.grad(out.float().square().sum(), low)
+    assert out.dtype == dtype
+    for ours, exact in zip(found, right, strict=True):
+        assert ours.dtype == dtype
+        error = float((ours.double() - exact).norm() / exact.norm())
+        assert error < 8 * torch.finfo(dtype).eps  # inputs, output, gradient in, gradient out: each rounded once
+
+
+@pytest.mark.parametrize("method", [SMALL, ox.Exact(), BUCKETS, None], ids=repr)
+def test_compiles_whole_forward_and_backward(method: Any) -> None:
+    arrays = qkv(2, 2, dtype=torch.float32)
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        return ox.attention(2 * q, k, v, causal=True, method=method).square().sum()
+
+    eager = loss(*arrays)
+    right = torch.autograd.grad(eager, arrays)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        found = compiled(*arrays)
+        gradients = torch.autograd.grad(found, arrays)
+    assert torch.equal(found, eager)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, right, strict=True))
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    from opoch_xp.backends.torch.operator import numbers
+
+    q, k, v = qkv(2, 2, dtype=torch.float32)
+    given = (q, k, v, None, True, 0.3, numbers(SMALL))
+    found = torch.library.opcheck(torch.ops.opoch_xp.attend.default, given)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("method", [SMALL, FAR, ox.Exact(), BUCKETS, ALONE, None], ids=repr)
+def test_a_method_survives_as_numbers(method: Any) -> None:
+    from opoch_xp.arguments import prepare
+    from opoch_xp.backends.torch.operator import method_of, numbers
+
+    problem = prepare(*qkv(grad=False))
+    assert method_of(numbers(method), problem) == (ox.Exact() if method is None else method)
+
+
+def test_vmap_and_grad_of_torch_func() -> None:
+    q, k, v = qkv(3, 2, grad=False)
+
+    def one(q: Any, k: Any, v: Any) -> Any:
+        return ox.attention(q, k, v, causal=True, method=SMALL)
+
+    def slope(q: Any, k: Any, v: Any) -> Any:
+        return torch.func.grad(lambda q: one(q, k, v).square().sum())(q)
+
+    for function in (one, slope):
+        right = torch.stack([function(*x) for x in zip(q, k, v, strict=True)])
+        assert float((torch.func.vmap(function)(q, k, v) - right).abs().max()) < 1e-12
+    right = torch.stack([one(x, k[0, 0], v[0, 0]) for x in q[:, 0]])  # one head, keys shared by the batch
+    assert float((torch.func.vmap(one, in_dims=(0, None, None))(q[:, 0], k[0, 0], v[0, 0]) - right).abs().max()) < 1e-12
+
+
+def test_autocast_decides_the_dtype() -> None:
+    arrays = qkv(2, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = ox.attention(*arrays, method=SMALL)
+        theirs = torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in arrays))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    gradient = torch.autograd.grad(ours.float().sum(), arrays)
+    assert all(g.dtype == torch.float32 for g in gradient)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q, k, v = (
+        torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, 8, 50, 16), *[(2, 2, 70, 16)] * 2)
+    )
+    found = ox.attend(q, k, v[..., :12], causal=True)
+    assert found.out.shape == (2, 8, 50, 12)
+    assert found.lse.shape == (2, 8, 50)
+    assert (found.out.device.type, found.out.dtype, found.lse.dtype) == ("meta", torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="heads of q must be a multiple"):
+        ox.attend(q[:, :3], k, v)
+    with pytest.raises(ValueError, match="tol must look at numbers"):
+        ox.attend(q, k, v, tol=0.1)
+
+
+def test_deterministic_mode_gives_the_same_bits() -> None:
+    arrays = qkv(2, n=300, dtype=torch.float32)
+    found = []
+    for flag in (False, True, True):
+        torch.use_deterministic_algorithms(flag)
+        try:
+            out = ox.attention(*arrays, causal=True, method=SMALL)
+            found.append((out, *torch.autograd.grad(out.square().sum(), arrays)))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_causal_is_that_of_scaled_dot_product_attention() -> None:
+    from torch.nn.attention.bias import causal_lower_right
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = qkv(1, 2, grad=False)
+    right = sdpa(q, k, v, is_causal=True)
+    assert float((ox.attention(q, k, v, causal=True) - right).abs().max()) < 1e-12
+    right = sdpa(q[:, :, :20], k, v, attn_mask=causal_lower_right(20, 60))
+    assert float((ox.attention(q[:, :, :20], k, v, causal=True) - right).abs().max()) < 1e-12
+
+
+def test_tensors_that_cannot_be_read_are_named() -> None:
+    q, k, v = qkv(2, grad=False)
+    with pytest.raises(TypeError, match="k must be a dense array, got one that is sparse_coo"):
+        ox.attention(q, k.to_sparse(), v)
+    with pytest.raises(ValueError, match="one device, got q: cpu, k: meta, v: cpu"):
+        ox.attention(q, k.to("meta"), v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype, and say so
+        nested = torch.nested.nested_tensor([q[0], q[1]])
+    with pytest.raises(TypeError, match="v must be a dense array, got one that is nested"):
+        ox.attention(q, k, nested)
+    with torch.inference_mode():
+        seen = torch.randn(2, 60, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ox.attention(seen, k.clone().requires_grad_(), v)
+
+
+def test_figures_of_a_report_wait_until_they_are_asked_for() -> None:
+    found = ox.attend(*qkv(2), method=BUCKETS)
+    assert isinstance(found.report.read["near"], torch.Tensor)
+    assert 0 < found.report.rows["near"] <= 60
+    assert isinstance(found.report.pairs, float)
+
+
+def test_memory_stays_linear() -> None:
+    """No array as long as the sequence times itself: the largest that is made has fewer entries than n * n / 4."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes() // x.element_size())
+            return out
+
+    n = 8192
+    q, k, v = qkv(1, n=n, d=8, dtype=torch.float32, grad=False)
+    kernels = kernels_for(__import__("array_api_compat.torch").torch)
+    assert kernels.name == "torch"
+    with Watch():
+        ox.attention(q, k, v, causal=True, method=ox.Treecode(), check=False)
+        ox.attention(q, k, v, causal=True, method=ox.Exact())
+    assert 0 < largest < n * n // 4
+
+
+def test_results_equal_those_of_numpy() -> None:
+    """Everything opened, float32: two libraries, one definition."""
+    arrays = qkv(2, 3, n=500, dtype=torch.float32, grad=False)
+    opened = ox.Treecode(block=64, fan=4, open=10**6, near=10**6)
+    ours = ox.attention(*arrays, causal=True, method=opened)
+    theirs = ox.attention(*(x.numpy() for x in arrays), causal=True, method=opened)
+    assert np.abs(ours.numpy() - theirs).max() < 1e-5
