@@ -29,13 +29,20 @@ LARGEST = 256  # width of keys or values: above, a tile no longer fits in regist
 
 
 @triton.jit
-def _online(logit, value, top, total, acc):
+def _dot(a, b, UPCAST: tl.constexpr):
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _online(logit, value, top, total, acc, UPCAST: tl.constexpr):
     """A tile of logits (Q, M) and values (M, EP) taken into the running maximum, sum and weighted values."""
     highest = tl.maximum(top, tl.max(logit, 1))
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     weight = tl.exp(logit - shift[:, None])
     keep = tl.exp(top - shift)
-    acc = acc * keep[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    acc = acc * keep[:, None] + _dot(weight.to(value.dtype), value, UPCAST)
     return highest, total * keep + tl.sum(weight, 1), acc
 
 
@@ -43,7 +50,7 @@ def _online(logit, value, top, total, acc):
 def _attend(
     q, rows, logs, far, cells, kept, near, out, lse, scale, g, M, C,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, LEAF: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -65,10 +72,10 @@ def _attend(
         log = tl.load(logs + tl.where(there, node, 0), mask=there, other=float("-inf"))
         limit = tl.maximum(log, 0.0)  # no key: -inf, which the last sum restores
         root = tl.sqrt(limit)
-        half = tl.dot(square, tl.trans(var), input_precision="ieee")
+        half = _dot(square, tl.trans(var), UPCAST)
         energy = tl.minimum(half, limit) + 2 * root * tl.maximum(tl.sqrt(half) - root, 0.0)
-        logit = scale * tl.dot(query, tl.trans(mean), input_precision="ieee") + energy + log[None, :]
-        top, total, acc = _online(logit, value, top, total, acc)
+        logit = scale * _dot(query, tl.trans(mean), UPCAST) + energy + log[None, :]
+        top, total, acc = _online(logit, value, top, total, acc, UPCAST)
     for start in range(0, C * LEAF, BLOCK_M):  # near field: cells key by key
         place = start + m
         there = place < C * LEAF
@@ -79,8 +86,8 @@ def _attend(
         value = tl.load(row + D + e, mask=there[:, None] & (e < E), other=0.0)
         if MASKED:
             there = there & (tl.load(kept + number, mask=there, other=0) != 0)
-        logit = scale * tl.dot(query, tl.trans(key), input_precision="ieee")
-        top, total, acc = _online(tl.where(there[None, :], logit, float("-inf")), value, top, total, acc)
+        logit = scale * _dot(query, tl.trans(key), UPCAST)
+        top, total, acc = _online(tl.where(there[None, :], logit, float("-inf")), value, top, total, acc, UPCAST)
     safe = tl.where(total > 0, total, 1.0)
     tl.store(out + (f * g + i[:, None]) * E + e, acc / safe[:, None], mask=(i[:, None] < g) & (e < E))
     tl.store(lse + f * g + i, tl.where(total > 0, top + tl.log(safe), float("-inf")), mask=i < g)
@@ -91,6 +98,11 @@ def supports(dtype: torch.dtype, dim: int, width: int) -> bool:
     return dtype in DTYPES and 0 < dim <= LARGEST and 0 < width <= LARGEST
 
 
+def block_rows(width: int) -> int:
+    """Rows of a tile of keys or values of so many numbers, a power of two: what shared memory holds."""
+    return BLOCK_M if width <= 128 else BLOCK_M // 2
+
+
 def attend_lists(
     q: Tensor, rows: Tensor, logs: Tensor, far: Tensor, cells: Tensor, kept: Tensor | None, near: Tensor, *, leaf: int,
     scale: float,
@@ -99,8 +111,9 @@ def attend_lists(
 
     rows (nodes, 2 d + e): mean key, variance and mean value of every node, logs (nodes,) float32 the logarithm of its
     keys; far (F, M) int64: nodes to read, -1 for none. cells (keys, d + e): keys and values in cell order, kept (keys,)
-    bool or None; near (F, C) int64: cells of `leaf` keys to read. q, rows and cells have one dtype, float32, bfloat16 or
-    float16; all are contiguous. A query that sees nothing gets zeros and -inf. Nothing is read back to the host.
+    bool or None; near (F, C) int64: cells of `leaf` keys to read. q, rows and cells have one dtype, float32,
+    bfloat16 or float16; all are contiguous. A query that sees nothing gets zeros and -inf. Nothing is read back to
+    the host.
     """
     groups, g, dim = q.shape
     width = cells.shape[1] - dim
@@ -111,6 +124,7 @@ def attend_lists(
         q, rows, logs, far, cells, cells if kept is None else kept.view(torch.uint8), near, out, lse, scale,
         g, far.shape[1], near.shape[1],
         D=dim, E=width, DP=wide, EP=wide_values, LEAF=leaf, MASKED=kept is not None,
-        BLOCK_Q=BLOCK_Q, BLOCK_M=BLOCK_M if max(wide, wide_values) <= 128 else BLOCK_M // 2,
+        UPCAST=q.device.type == "cpu",  # the interpreter multiplies bfloat16 as the integers it keeps them in
+        BLOCK_Q=BLOCK_Q, BLOCK_M=block_rows(max(wide, wide_values)),
     )  # fmt: skip
     return out, lse
