@@ -15,7 +15,7 @@ from opoch_xp.tree import group_count, splits
 
 Tensor = torch.Tensor
 
-SAMPLE = 256  # rows of a node that its axis is found from: a median split does not need it to be finer
+SAMPLE = 128  # rows of a node that its axis is found from: a median split does not need it to be finer
 CACHED = 16384  # rows split together on the CPU: 4 MB of float32 at d = 64, in the L3 cache
 
 
