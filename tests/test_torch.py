@@ -282,3 +282,21 @@ def test_results_equal_those_of_numpy() -> None:
     ours = ox.attention(*arrays, causal=True, method=opened)
     theirs = ox.attention(*(x.numpy() for x in arrays), causal=True, method=opened)
     assert np.abs(ours.numpy() - theirs).max() < 1e-5
+
+
+def test_products_in_bfloat16_err_by_their_rounding() -> None:
+    """More than in float32, and by no more than a few times 2**-8 of logits and weights; outside nothing changes."""
+    from opoch_xp.backends.torch import precision
+
+    arrays = qkv(2, n=600, d=16, dtype=torch.float32, grad=False)
+    method = ox.Treecode(block=32, leaf=4, fan=4, group=16, open=10**6, near=10**6)
+    exact = ox.attention(*arrays, causal=True, method=ox.Exact())
+    full = ox.attention(*arrays, causal=True, method=method)
+    with precision("bfloat16"):
+        low = ox.attention(*arrays, causal=True, method=method)
+    assert torch.equal(ox.attention(*arrays, causal=True, method=method), full)
+    errors = [float((out - exact).norm() / exact.norm()) for out in (full, low)]
+    assert errors[0] < 1e-5
+    assert 1e-4 < errors[1] < 4 * 2**-8
+    with pytest.raises(ValueError, match="'float32' or 'bfloat16', got 'int8'"), precision("int8"):
+        pass

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opoch_xp.backends.torch.products import add_product, product
 from opoch_xp.backends.torch.scratch import Scratch, softmax
 from opoch_xp.backends.torch.split import finite_rows, principal_order, query_groups
 from opoch_xp.methods import Treecode
@@ -220,7 +221,7 @@ class Groups:
             return self.by_lists(q, scaled, votes, batch, lists)
         outs, totals, lses = [], [], []
         for level in self.levels(scaled, votes, batch, lists):
-            outs.append(torch.bmm(level.weight, level.rows[..., 2 * dim :]))
+            outs.append(product(level.weight, level.rows[..., 2 * dim :]))
             totals.append(level.weight.sum(2, keepdim=True))
             lses.append(level.lse)
             parts = [self.near_part(scaled, level, batch)] if level.number == 0 else []
@@ -301,12 +302,12 @@ class Groups:
         without the first ln n where it is the same for all nodes.
         """
         dim, shape = self.tree.dim, (*scaled.shape[:2], rows.shape[1])
-        half = torch.bmm(square, rows[..., dim : 2 * dim].mT, out=self.scratch("half", *shape))
+        half = product(square, rows[..., dim : 2 * dim].mT, self.scratch("half", *shape))
         means, mass = rows[..., :dim].mT, self.scratch("mass", *shape)
         if self.counts is None:
             limit: Any = log(self.tree.sizes[number])
             if half.device.type == "cpu" and bool(half.max() <= limit):  # no node is frozen
-                return half.baddbmm_(scaled, means), half, None
+                return add_product(half, scaled, means), half, None
             root: Any = limit**0.5
         else:
             count = self.counts[number][candidates + batch.first[:, None] * self.nodes[number]]
@@ -315,16 +316,16 @@ class Groups:
         frozen = torch.sqrt(half, out=self.scratch("frozen", *shape)).sub_(root).clamp_min_(0.0)
         if self.counts is None:
             torch.clamp_max(half, limit, out=mass).add_(frozen, alpha=2 * root)
-            return mass.baddbmm_(scaled, means), half, limit
+            return add_product(mass, scaled, means), half, limit
         torch.minimum(half, root.square(), out=mass).addcmul_(frozen, root, value=2)
-        return mass.baddbmm_(scaled, means).add_(limit), half, limit
+        return add_product(mass, scaled, means).add_(limit), half, limit
 
     def near_rows(self, scaled: Tensor, level: Level, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Near field of the groups: cells (G, near), their keys and values (G, m, d + e), logits (G, g, m)."""
         cell = level.candidates.gather(1, level.pick) + batch.first[:, None] * self.nodes[0]
         keys = self.scratch.gather("near", self.cells, cell).view(len(cell), -1, self.width)
         logits = self.scratch("logits", *scaled.shape[:2], keys.shape[1])
-        torch.bmm(scaled, keys[..., : self.tree.dim].mT, out=logits)
+        product(scaled, keys[..., : self.tree.dim].mT, logits)
         if self.kept is not None:
             logits.masked_fill_(~self.kept[cell].view(len(cell), 1, -1), -torch.inf)
         return cell, keys, logits
@@ -333,7 +334,7 @@ class Groups:
         """Softmax over the cells of each group: out (G, g, e), lse (G, g, 1)."""
         _, keys, logits = self.near_rows(scaled, level, batch)
         weight, lse = softmax(logits, self.scratch("near weight", *logits.shape), self.kept is not None)
-        return torch.bmm(weight, keys[..., self.tree.dim :]), lse
+        return product(weight, keys[..., self.tree.dim :]), lse
 
     def own_rows(
         self, scaled: Tensor, level: Level, batch: Batch, logits: Tensor
