@@ -62,7 +62,7 @@ def attend_buckets(problem: Problem, method: LSH) -> Solution:
         out, lse, read = _with_early(problem, first, out, lse, read)
     far = xp.sum(xp.astype((read == 0) & (lse > -xp.inf), xp.float32))
     queries = max(1, q.shape[0] * q.shape[1] * q.shape[2])
-    return Solution(out, lse, {"near": xp.sum(read) / queries, "far": far / queries})
+    return Solution(out, lse, {"near": xp.astype(xp.sum(read), xp.float32) / queries, "far": far / queries})
 
 
 def centered(problem: Problem, method: LSH, first: "First | None") -> tuple[Array, Array | None]:

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from opoch_xp.attention import attention
 from opoch_xp.methods import Method
 from opoch_xp.solve import check_method
-
-Tensor = torch.Tensor
 
 RESERVED = ("sdpa", "flex_attention", "/", "eager", "paged")  # what transformers looks for in a name
 WITHOUT_EFFECT = {  # on attention, of the keywords that models hand through

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from opoch_xp.backends.torch.scratch import Scratch, softmax, weights_of
 
-Tensor = torch.Tensor
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 ROWS, KEYS = 512, 1024  # of a tile: 2 MB in float32

@@ -20,8 +20,7 @@ Derrida, Random-energy model, 1981.
 import torch
 import triton
 import triton.language as tl
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 BLOCK_Q, BLOCK_M = 16, 64  # queries and rows of a tile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

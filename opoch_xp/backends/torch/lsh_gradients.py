@@ -6,6 +6,7 @@ Centering changes no softmax, so the pairs are taken in the caller's keys; hashi
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opoch_xp.backends.generic.buckets import Flat, mean_runs, runs_mean, tilings
 from opoch_xp.backends.torch.exact import exact_backward
@@ -16,7 +17,6 @@ from opoch_xp.lsh import bucket_limit, centered, first_keys
 from opoch_xp.methods import LSH
 from opoch_xp.problem import Problem
 
-Tensor = torch.Tensor
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opoch_xp.arguments import check_arrays, prepare, restore
 from opoch_xp.backends.torch.exact import exact_backward
@@ -19,7 +20,6 @@ from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import choose, solve
 
-Tensor = torch.Tensor
 Outputs = tuple[Tensor, Tensor, Tensor]  # out, lse, figures
 
 KINDS = (Exact, LSH, Treecode)
@@ -126,7 +126,11 @@ def attend_backward(
     dq = torch.where(torch.isnan(lse.reshape(shape))[..., None], torch.nan, dq)
     if problem.mask is not None:
         dk, dv = (torch.where(problem.mask[..., None], x, 0.0) for x in (dk, dv))
-    return tuple(x.reshape(like.shape).to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))  # type: ignore[return-value]
+    return _like(dq, q), _like(dk, k), _like(dv, v)
+
+
+def _like(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(like.shape).to(like.dtype)
 
 
 @attend_backward.register_fake

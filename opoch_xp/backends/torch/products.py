@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _dtype: ContextVar[torch.dtype] = ContextVar("opoch_xp_product_dtype", default=torch.float32)

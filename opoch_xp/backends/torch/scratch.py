@@ -4,9 +4,8 @@ its arithmetic."""
 from math import prod
 
 import torch
+from torch import Tensor
 from torch.nn import functional
-
-Tensor = torch.Tensor
 
 LOWEST = -80.0  # exp of less is a denormal number in float32, which costs ten times as much and weighs nothing
 

@@ -8,12 +8,11 @@ by sorting 300 to 600; a gather of the rows 220.
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opoch_xp.backends.torch.scratch import Scratch
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import group_count, splits
-
-Tensor = torch.Tensor
 
 SAMPLE = 128  # rows of a node that its axis is found from: a median split does not need it to be finer
 CACHED = 16384  # rows split together on the CPU: 4 MB of float32 at d = 64, in the L3 cache

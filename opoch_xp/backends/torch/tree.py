@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from opoch_xp.backends.torch.products import add_product, product
 from opoch_xp.backends.torch.scratch import Scratch, softmax
 from opoch_xp.backends.torch.split import finite_rows, principal_order, query_groups
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, rows_read
-
-Tensor = torch.Tensor
 
 CACHED = 16384  # keys summarised at a time on the CPU: 8 MB with their values at d = 64
 QUERIES, GROUPS = 1024, 64  # attended at a time on the CPU, at the most

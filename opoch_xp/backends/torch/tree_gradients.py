@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from opoch_xp.backends.torch.exact import exact_backward
 from opoch_xp.backends.torch.scratch import weights_of
@@ -25,7 +26,6 @@ from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem
 from opoch_xp.tree import Tree
 
-Tensor = torch.Tensor
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 HIGHEST = 80.0  # exp of more would overflow float32; the weights it meets are zero then
