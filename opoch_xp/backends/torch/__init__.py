@@ -3,12 +3,29 @@
 `precision("bfloat16")` around a call multiplies in bfloat16 on a CPU: see opoch_xp.backends.torch.products.
 """
 
+import torch
+
 from opoch_xp.backends.torch.exact import exact_attention, merge_part
 from opoch_xp.backends.torch.products import precision
 from opoch_xp.backends.torch.split import query_groups
 from opoch_xp.backends.torch.tree import build_tree, tree_attention
 from opoch_xp.cost import Cost
 
-__all__ = ["COST", "build_tree", "exact_attention", "merge_part", "precision", "query_groups", "tree_attention"]
+__all__ = [
+    "COST",
+    "build_tree",
+    "exact_attention",
+    "merge_part",
+    "precision",
+    "query_groups",
+    "synchronize",
+    "tree_attention",
+]
 
 COST = Cost(read=4.5, split=38.0)
+
+
+def synchronize(*arrays: torch.Tensor) -> None:
+    """Wait until the device of each array has computed it; a CPU has when it returns."""
+    for device in {array.device for array in arrays if array.is_cuda}:
+        torch.cuda.synchronize(device)
