@@ -45,6 +45,40 @@ def torch_gpu(session: nox.Session) -> None:
     session.run("pytest", "--backend", "torch", "--device", "cuda", *session.posargs)
 
 
+@nox.session(name="tests(cupy)", default=False)
+def cupy(session: nox.Session) -> None:
+    """The suite through the CuPy plugin. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."""
+    install(session, "test-cupy")
+    session.run("pytest", "--backend", "cupy", "--device", "cuda", *session.posargs)
+
+
+@nox.session
+def cuda_compile(session: nox.Session) -> None:
+    """CUDA kernels to machine code by NVRTC, no GPU needed; by nvcc too where there is one. For sm_90, or for others:
+    `nox -s cuda_compile -- 75 80 90 100`."""
+    install(session, "test-cuda")
+    chosen = {"OPOCH_ARCHITECTURES": " ".join(session.posargs)} if session.posargs else {}
+    session.run("pytest", "tests/cuda/test_compiled.py", env=chosen)
+
+
+@nox.session(default=False)
+def cuda_emulate(session: nox.Session) -> None:
+    """CUDA kernels and their launchers on the CPU, against the generic twins; needs g++ and says so."""
+    install(session, "test")
+    session.run("pytest", "tests/cuda/test_emulation.py", "tests/cuda/test_emulated.py", *session.posargs)
+
+
+@nox.session(default=False)
+def cuda_races(session: nox.Session) -> None:
+    """The smallest size of each CUDA kernel under ThreadSanitizer; needs g++ with libtsan."""
+    install(session, "test")
+    library = str(session.run("g++", "-print-file-name=libtsan.so", external=True, silent=True)).strip()
+    session.run(
+        "pytest", "tests/cuda/test_emulated.py", "-m", "smallest", *session.posargs,
+        env={"OPOCH_EMULATE": "threads", "LD_PRELOAD": library, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"},
+    )  # fmt: skip
+
+
 @nox.session(default=False)
 def transformers(session: nox.Session) -> None:
     """Models of Hugging Face transformers on opoch_xp's attention, one of them real."""

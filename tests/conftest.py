@@ -35,10 +35,13 @@ class Backend:
 
     def array(self, array: Any) -> Any:
         """A copy of a host array in the backend's library, on the device asked for."""
-        return self.xp.asarray(np.array(array), **({} if self.device is None else {"device": self.device}))
+        named = self.device is not None and self.option == "torch"  # CuPy's arrays have no other device
+        return self.xp.asarray(np.array(array), **({"device": self.device} if named else {}))
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of one of the backend's arrays."""
+        if hasattr(array, "get") and hasattr(array, "device"):  # CuPy's
+            array = array.get()
         if hasattr(array, "detach"):
             array = array.detach().cpu()
             array = (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
@@ -64,7 +67,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "dynamic_shapes: the method is not static; strict then allows boolean indexing and dependent shapes"
     )
+    config.addinivalue_line("markers", "smallest: the smallest size of a CUDA kernel, for checks that are slow")
     option = config.getoption("--backend")
+    device = config.getoption("--device")
+    if device is not None:
+        _require(device, option)
     try:
         xp = import_module(LIBRARIES.get(option, f"array_api_compat.{option}"))
     except ImportError as missing:
@@ -73,17 +80,15 @@ def pytest_configure(config: pytest.Config) -> None:
     examples, phases = (15 if option == "strict" else 40), (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
     settings.load_profile("suite")
-    device = config.getoption("--device")
-    if device is not None:
-        _require(device)
     config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp, device)
 
 
-def _require(device: str) -> None:
+def _require(device: str, library: str) -> None:
     """Ends the run where the device is not there: as a success that says why, or as a failure where one is required."""
-    found = import_module("torch").cuda.is_available()
+    module = import_module(library)
+    found = module.is_available() if library == "cupy" else module.cuda.is_available()
     if not found:
-        reason = f"--device {device}: PyTorch finds no GPU on this machine"
+        reason = f"--device {device}: {library} finds no GPU on this machine"
         required = os.environ.get("OPOCH_REQUIRE_GPU") == "1"
         pytest.exit(f"{reason}{' and OPOCH_REQUIRE_GPU=1' if required else ''}", returncode=1 if required else 0)
 

@@ -68,13 +68,28 @@ def bucket_attention(
         tiling.restored([_tiles(xp, rows, keys, values, scale, tiles) for tiles in tiling])
         for tiling in tilings(flat, query_codes, key_codes, window, max_bucket, dim + width)
     )
-    top, total, out, read = reduce(partial(_merge, xp), parts)
+    return settled(flat, rows, keys, values, scale, reduce(partial(_merge, xp), parts), query_codes, key_codes)
+
+
+def settled(
+    flat: "Flat",
+    rows: Array,
+    keys: Array,
+    values: Array,
+    scale: float,
+    state: State,
+    query_codes: Array,
+    key_codes: Array,
+) -> tuple[Array, Array, Array]:
+    """What bucket_attention returns, from the state of all pairs: queries without a candidate get their mean."""
+    xp, (batch, repeat, n_q, _) = flat.xp, flat.shape
+    top, total, out, read = state
     alone = read == 0
     out = out / xp.where(alone, 1.0, total)[:, None]
     lse = xp.where(alone, -xp.inf, top + xp.log(xp.where(alone, 1.0, total)))
     left = xp.nonzero(alone)[0]
     if left.shape[0]:
-        if causal:
+        if flat.causal:
             field, level = past_mean(xp, flat, rows, keys, values, scale, left)
         else:
             numbers = flat.numbers(query_codes[:, :, 0, :], key_codes[:, 0, :])
@@ -86,7 +101,7 @@ def bucket_attention(
     back = (0, 2, 1)
     shape = (batch, n_q, repeat)
     return (
-        xp.permute_dims(xp.reshape(out, (*shape, width)), (*back, 3)),
+        xp.permute_dims(xp.reshape(out, (*shape, values.shape[1])), (*back, 3)),
         xp.permute_dims(xp.reshape(lse, shape), back),
         xp.permute_dims(xp.reshape(read, shape), back),
     )
@@ -162,18 +177,25 @@ class Flat:
         return Buckets(order, start, stop)
 
 
-def tilings(
-    flat: Flat, query_codes: Array, key_codes: Array, window: int, max_bucket: int | None, width: int
-) -> Iterator["Tiling"]:
-    """The window, if there is one, and the tables, each as tiles of the pairs that none before it has; `width` numbers
-    a query and a key have together."""
+def candidate_runs(
+    flat: Flat, query_codes: Array, key_codes: Array, window: int, max_bucket: int | None
+) -> tuple[list[Buckets], list[Array]]:
+    """The window, if there is one, and the tables: each query's run of keys, and the place (M,) of each key."""
     found = []
     if window:
         found.append(flat.buckets(*flat.one_bucket(), recent=window))
     for table in range(key_codes.shape[1]):
         numbers = flat.numbers(query_codes[:, :, table, :], key_codes[:, table, :])
         found.append(flat.buckets(*numbers, older=window, limit=max_bucket))
-    ranks = [flat.xp.argsort(one.order) for one in found]
+    return found, [flat.xp.argsort(one.order) for one in found]
+
+
+def tilings(
+    flat: Flat, query_codes: Array, key_codes: Array, window: int, max_bucket: int | None, width: int
+) -> Iterator["Tiling"]:
+    """The window and the tables, each as tiles of the pairs that none before it has; `width` numbers a query and a key
+    have together."""
+    found, ranks = candidate_runs(flat, query_codes, key_codes, window, max_bucket)
     for table, one in enumerate(found):
         yield Tiling(flat.xp, one, found[:table], ranks[:table], width)
 

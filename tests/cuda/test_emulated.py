@@ -1,0 +1,279 @@
+"""The CuPy plugin's launchers and kernels against the generic twins, emulated on the CPU; needs g++ and no GPU.
+
+`nox -s cuda_emulate` runs it all, `nox -s cuda_races` what is marked `smallest` under ThreadSanitizer.
+"""
+
+import os
+import shutil
+from typing import Any
+
+import array_api_compat.numpy as namespace
+import numpy as np
+import pytest
+
+if shutil.which("g++") is None:
+    pytest.skip("the emulation is compiled by g++, which is not installed", allow_module_level=True)
+
+from emulator import SHARED, Emulator
+
+import opoch_xp as ox
+from opoch_xp import workloads
+from opoch_xp.backends import cupy as plugin
+from opoch_xp.backends import generic, kernels_for
+from opoch_xp.backends.cupy import launch
+from opoch_xp.backends.cupy.launch import INSTANCES
+from opoch_xp.backends.generic.tree import tree_lists
+from opoch_xp.forest import directions
+from opoch_xp.tree import splits
+
+RACES = os.environ.get("OPOCH_EMULATE") == "threads"
+LAUNCHED: set[str] = set()
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+smallest = pytest.mark.smallest
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["ascending", "descending"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Launches go to the emulator; every new array is NaN or nonsense until it is written."""
+    if RACES and request.param:
+        pytest.skip("threads of the system have no order")
+    emulator = Emulator(descending=request.param, threads=RACES)
+    monkeypatch.setattr(launch, "function", emulator.function)
+    monkeypatch.setattr(launch, "shared_limit", lambda where: SHARED)
+    empty = namespace.empty
+
+    def filled(*args: Any, **keywords: Any) -> np.ndarray:
+        array = empty(*args, **keywords)
+        array.fill(np.nan if array.dtype.kind == "f" else -(2**30))
+        return array
+
+    monkeypatch.setattr(namespace, "empty", filled)
+    with np.errstate(all="ignore"):
+        yield emulator
+    LAUNCHED.update(emulator.launched)
+
+
+def normal(seed: int, *shape: int, dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def close(ours: Any, theirs: Any, dtype: str) -> None:
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "dim", "tables", "bits"),
+    [
+        pytest.param((3,), 2, 1, 3, marks=smallest),
+        ((2, 70), 33, 3, 12),
+        ((130,), 64, 2, 62),
+        ((5,), 7, 4, 0),
+        ((0,), 7, 4, 2),
+    ],
+    ids=str,
+)
+def test_hash_codes(shape: tuple[int, ...], dim: int, tables: int, bits: int, dtype: str) -> None:
+    """On dyadic numbers, whose projections are exact, bit for bit; NaN and zeros of both signs included."""
+    rng = np.random.default_rng(bits)
+    x = (rng.integers(-8, 8, size=(*shape, dim)) / 4).astype(dtype)
+    planes = (rng.integers(-8, 8, size=(tables, bits, dim)) / 8).astype(np.float32)
+    if x.size:
+        x[..., 0, :], x[..., 1, :], x[..., 2, 0] = 0.0, -0.0, np.nan
+    np.testing.assert_array_equal(plugin.hash_codes(x, planes), generic.hash_codes(x, planes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("batch", "repeat", "n_q", "n_k", "dim", "width", "causal", "masked"),
+    [
+        pytest.param(1, 1, 3, 5, 2, 3, True, False, marks=smallest),
+        (2, 3, 33, 70, 17, 20, True, True),
+        (1, 2, 40, 9, 64, 130, False, True),
+        (1, 1, 70, 66, 5, 64, True, False),
+    ],
+)
+def test_exact_attention(
+    batch: int, repeat: int, n_q: int, n_k: int, dim: int, width: int, causal: bool, masked: bool, dtype: str
+) -> None:
+    q, k, v = normal(0, batch, repeat, n_q, dim), normal(1, batch, n_k, dim), normal(2, batch, n_k, width)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    mask = np.random.default_rng(3).random((batch, n_k)) < 0.7 if masked else None
+    if mask is not None:
+        mask[0] = False  # a head that sees nothing
+    given = {"causal": causal, "scale": 0.4, "mask": mask}
+    for ours, theirs in zip(
+        plugin.exact_attention(q, k, v, **given), generic.exact_attention(q, k, v, **given), strict=True
+    ):
+        close(ours, theirs, dtype)
+    if causal:
+        last = np.sort(np.random.default_rng(4).integers(-1, n_k, n_q))
+        ours = plugin.exact_attention(q, k, v, positions=last, **given)
+        close(ours[0], generic.exact_attention(q, k, v, positions=last, **given)[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [pytest.param(2, marks=smallest), 9])
+def test_merge_part(rows: int, dtype: str) -> None:
+    out, part = normal(0, 2, 3, 12, 35).astype(dtype), normal(1, 2, 3, rows, 35).astype(dtype)
+    lse, part_lse = normal(2, 2, 3, 12).astype(dtype), normal(3, 2, 3, rows).astype(dtype)
+    lse[0, 0, :4], part_lse[0, 0, :2] = -np.inf, -np.inf
+    out[0, 0, :4], part[0, 0, :2] = 0, 0
+    theirs = generic.merge_part(out, lse, part, part_lse, 1)
+    ours = plugin.merge_part(out.copy(), lse.copy(), part, part_lse, 1)
+    close(ours[0], theirs[0], dtype)
+    close(ours[1], theirs[1], dtype)
+
+
+METHODS = [
+    pytest.param(
+        ox.Treecode(block=8, leaf=2, branch=2, top=2, group=2, open=1, near=1, own=1), 8, 3, 2, 2, marks=smallest
+    ),
+    (ox.Treecode(block=16, leaf=4, branch=2, top=2, group=5, open=2, near=2, own=2), 64, 23, 3, 4),
+    (ox.Treecode(block=16, leaf=1, branch=4, top=4, group=37, open=3, near=0, own=0, iterations=0), 64, 40, 18, 100),
+    (ox.Treecode(block=16, leaf=2, branch=2, top=4, group=8, open=4, near=3, own=0), 32, 19, 6, 35),
+    (ox.Treecode(block=16, leaf=2, branch=4, top=2, group=8, open=2, near=3, own=0), 32, 8, 16, 20),
+    (ox.Treecode(block=12, leaf=3, branch=2, top=8, group=1, open=2, near=3, own=9), 96, 5, 8, 70),
+    (ox.Treecode(block=16, leaf=2, branch=2, top=2, group=4, open=99, near=20, own=3), 64, 33, 8, 40),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("method", "size", "n", "dim", "width"), METHODS)
+def test_tree(method: ox.Treecode, size: int, n: int, dim: int, width: int, dtype: str, masked: bool) -> None:
+    """Given the same order, groups and lists: equal to rounding. The kernels' own choices are judged by themselves."""
+    chunks = 3
+    k, v = normal(0, chunks, size, dim).astype(dtype), normal(1, chunks, size, width).astype(dtype)
+    mask = np.random.default_rng(5).random((chunks, size)) < 0.6 if masked else None
+    if mask is not None:
+        mask[1] = False
+        k, v = k * mask[..., None], v * mask[..., None]
+    axes = directions(0, 0, 0, splits(size, method.leaf), dim)
+    mine = plugin.build_tree(k, v, axes, method, mask=mask)
+    assert (np.sort(mine.order, axis=1) == np.arange(size)).all()
+    theirs = generic.build_tree(k, v, axes, method, mask=mask, order=mine.order)
+    for one, other in zip((mine.cells, *mine.summaries), (theirs.cells, *theirs.summaries), strict=True):
+        close(one, other, dtype)
+    if masked:
+        for one, other in zip((mine.kept, *mine.counts), (theirs.kept, *theirs.counts), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    queries, query_axes = normal(6, 4, n, dim).astype(dtype), directions(0, 0, 1, splits(n, method.group), dim)
+    if n > 4:
+        queries[0, 1] = np.inf
+        queries[2, 2, 0] = np.nan
+    first, count = np.asarray([0, 1, 0, 2]), np.asarray([3, 2, 0, 1])
+    groups = plugin.query_groups(queries, query_axes, method)
+    np.testing.assert_array_equal(
+        np.sort(np.where(groups < n, groups, n), axis=1)[:, :n], np.arange(n)[None].repeat(4, 0)
+    )
+    given = (first, count, query_axes, method)
+    lists = tree_lists(queries, theirs, *given, scale=0.8, groups=groups)
+    right = generic.tree_attention(queries, theirs, *given, scale=0.8, groups=groups, lists=lists)
+    ours = plugin.tree_attention(queries, theirs, *given, scale=0.8, groups=groups, lists=lists)
+    close(ours[0], right[0], dtype)
+    close(ours[1], right[1], dtype)
+    if dtype == "float64":  # no rounding flips a pick
+        chosen = plugin.tree_attention(queries, theirs, *given, scale=0.8, groups=groups)
+        close(chosen[0], right[0], dtype)
+        close(chosen[1], right[1], dtype)
+
+
+def test_the_splits_are_median_splits_by_the_principal_axis() -> None:
+    """On few enough rows that the axis is found from all of them: the generic twin's order, level by level, as sets."""
+    method = ox.Treecode(block=64, leaf=8, iterations=30)
+    k = normal(0, 2, 64, 5) * np.asarray([1.0, 5.0, 2.0, 0.3, 0.1])  # clear principal axes
+    axes = directions(0, 0, 0, 3, 5)
+    ours = plugin.build_tree(k, k, axes, method).order.reshape(2, 8, 8)
+    theirs = generic.build_tree(k, k, axes, method).order.reshape(2, 8, 8)
+    np.testing.assert_array_equal(np.sort(ours, axis=2), np.sort(theirs, axis=2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_large_nodes_are_split_level_by_level(monkeypatch: pytest.MonkeyPatch, masked: bool, dtype: str) -> None:
+    """The same order whether a block finishes a node or the whole device halves it."""
+    from opoch_xp.backends.cupy import split
+
+    x, axes = normal(0, 2, 96, 33).astype(dtype), directions(0, 0, 0, 4, 33)
+    kept = np.random.default_rng(1).random((2, 96)) < 0.5 if masked else None
+    whole = split.principal_order(x, axes, 3, kept)
+    monkeypatch.setattr(split, "SPLIT_ROWS", 24)
+    np.testing.assert_array_equal(split.principal_order(x, axes, 3, kept), whole)
+    monkeypatch.setattr(split, "SPLIT_ROWS", 1)
+    np.testing.assert_array_equal(split.principal_order(x, axes, 3, kept), whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "width", "causal", "window", "limit", "masked"),
+    [
+        pytest.param(3, 4, 2, True, 0, None, False, marks=smallest),
+        (40, 70, 35, False, 0, 9, True),
+        (70, 70, 8, True, 5, 6, True),
+        (37, 50, 130, True, 0, 4, False),
+    ],
+)
+def test_bucket_attention(
+    n_q: int, n_k: int, width: int, causal: bool, window: int, limit: int | None, masked: bool, dtype: str
+) -> None:
+    q, k, v = (normal(i, *s).astype(dtype) for i, s in enumerate(((2, 2, n_q, 6), (2, n_k, 6), (2, n_k, width))))
+    mask = np.random.default_rng(8).random((2, n_k)) < 0.7 if masked else None
+    if mask is not None:
+        k, v = k * mask[..., None], v * mask[..., None]
+    planes = ox.random_hyperplanes(6, bits=3, tables=3)
+    codes = generic.hash_codes(q, planes), generic.hash_codes(k, planes)
+    given = {"causal": causal, "scale": 0.5, "mask": mask, "window": window, "max_bucket": limit}
+    ours, theirs = plugin.bucket_attention(q, k, v, *codes, **given), generic.bucket_attention(q, k, v, *codes, **given)
+    close(ours[0], theirs[0], dtype)
+    close(ours[1], theirs[1], dtype)
+    np.testing.assert_array_equal(ours[2], theirs[2])
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+@pytest.mark.parametrize(
+    "method",
+    [
+        ox.Exact(),
+        ox.LSH(bits=4, tables=3),
+        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_whole_calls(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """attention through all of the plugin's kernels errs as much as through the generic ones."""
+    from opoch_xp import backends
+
+    q, k, v = workloads.make("scattered", 300, heads=2, dim=16)
+    exact = ox.attention(q, k, v, causal=True, method=ox.Exact(), backend="generic")
+    theirs = ox.attention(q, k, v, causal=True, method=method, backend="generic")
+    monkeypatch.setattr(backends, "_module", lambda name: plugin if name == "numpy" else generic)
+    backends._kernels.cache_clear()
+    kernels_for.cache_clear()
+    try:
+        ours = ox.attention(q, k, v, causal=True, method=method)
+    finally:
+        backends._kernels.cache_clear()
+        kernels_for.cache_clear()
+    error, right = (np.linalg.norm(x - exact) for x in (ours, theirs))
+    assert error <= 1.05 * right + 1e-5 * np.linalg.norm(exact)
+
+
+def test_errors_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "shared_limit", lambda where: 20_000)
+    with pytest.raises(
+        ValueError, match=r"head size 64 in float32 needs 2\d,\d{3} bytes of shared memory .* has 20,000"
+    ):
+        plugin.exact_attention(
+            *(normal(0, *s, dtype="float32") for s in ((1, 1, 4, 64), (1, 4, 64), (1, 4, 64))), causal=False, scale=1.0
+        )
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+def test_every_instance_was_launched() -> None:
+    """Runs last: no instance goes untested."""
+    missing = {name for names in INSTANCES.values() for name in names} - LAUNCHED
+    assert not missing

@@ -1,0 +1,76 @@
+"""The emulation catches what it is there for: planted mistakes, each in one of the two orders of threads."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if shutil.which("g++") is None:
+    pytest.skip("the emulation is compiled by g++, which is not installed", allow_module_level=True)
+
+from emulator import build, call
+
+SOURCE = """
+#include "numbers.cuh"
+// out[t] = x[THREADS - 1 - t], through shared memory
+template <class T> __global__ void reverse(const T* x, T* out) {
+  extern __shared__ __align__(16) char shared[];
+  T* held = (T*)shared;
+  held[threadIdx.x] = x[threadIdx.x];
+  BARRIER;
+  out[threadIdx.x] = held[63 - threadIdx.x];
+}
+// out[w] = sum of the 32 numbers of warp w
+template <class T> __global__ void add(const T* x, T* out) {
+  T sum = x[threadIdx.x];
+  for (int step = FIRST; step; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
+  if (threadIdx.x % LANES == LANE) out[threadIdx.x / LANES] = sum;
+}
+// one lane waits for the block, the rest of its warp for that lane
+template <class T> __global__ void meet(const T* x, T* out) {
+  if (threadIdx.x == 5)
+    __syncthreads();
+  else
+    __syncwarp();
+  out[threadIdx.x] = x[threadIdx.x];
+}
+"""
+X = np.arange(64.0)
+
+
+def run(kernel: str, size: int, down: bool, **defines: str) -> np.ndarray:
+    chosen = {"BARRIER": "__syncthreads()", "FIRST": "16", "LANE": "0", **defines}
+    flags = tuple(f"-D{name}={value}" for name, value in chosen.items())
+    out = np.full(size, np.nan)
+    call(getattr(build(SOURCE, (f"{kernel}<double>",), flags), f"{kernel}_double_"), (1,), (64,), (X, out), down)
+    return out
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_right_kernels_are_right(down: bool) -> None:
+    np.testing.assert_array_equal(run("reverse", 64, down), X[::-1])
+    np.testing.assert_array_equal(run("add", 2, down), X.reshape(2, 32).sum(1))
+
+
+def test_a_missing_barrier_reads_nan() -> None:
+    for down in (False, True):
+        assert np.isnan(run("reverse", 64, down, BARRIER="")).sum() == 32
+
+
+def test_a_barrier_of_a_warp_is_not_one_of_a_block() -> None:
+    assert any(np.isnan(run("reverse", 64, down, BARRIER="__syncwarp()")).any() for down in (False, True))
+
+
+def test_a_wrong_lane() -> None:
+    assert (run("add", 2, False, FIRST="8") != X.reshape(2, 32).sum(1)).all()
+
+
+def test_a_barrier_that_some_never_reach_ends_the_program() -> None:
+    script = "import test_emulation as t; t.run('meet', 64, False)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "deadlock" in done.stderr
