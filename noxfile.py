@@ -64,14 +64,14 @@ def cuda_compile(session: nox.Session) -> None:
 @nox.session(default=False)
 def cuda_emulate(session: nox.Session) -> None:
     """CUDA kernels and their launchers on the CPU, against the generic twins; needs g++ and says so."""
-    install(session, "test")
+    install(session, "test-cuda")
     session.run("pytest", "tests/cuda/test_emulation.py", "tests/cuda/test_emulated.py", *session.posargs)
 
 
 @nox.session(default=False)
 def cuda_races(session: nox.Session) -> None:
     """The smallest size of each CUDA kernel under ThreadSanitizer; needs g++ with libtsan."""
-    install(session, "test")
+    install(session, "test-cuda")
     library = str(session.run("g++", "-print-file-name=libtsan.so", external=True, silent=True)).strip()
     session.run(
         "pytest", "tests/cuda/test_emulated.py", "-m", "smallest", *session.posargs,

@@ -151,24 +151,27 @@ def prepare(
     if kernels.name != "generic" and hasattr(q, "detach"):  # kernels write in place: gradients are opoch_xp.graphs'
         q, k, v = q.detach(), k.detach(), v.detach()
 
-    accumulate = xp.float64 if dtype_name(q) == "float64" else xp.float32
+    stored = q.dtype if dtype_name(q) in kernels.ACCEPTS else xp.float32
     key_heads = 1
     for size in k.shape[:-2]:
         key_heads *= size
     repeat = 1 if len(q.shape) == 2 or not k.shape[-3] else q.shape[-3] // k.shape[-3]
-    q3 = xp.reshape(xp.astype(q, accumulate, copy=False), (key_heads, repeat, *q.shape[-2:]))
-    k3 = xp.reshape(xp.astype(k, accumulate, copy=False), (key_heads, *k.shape[-2:]))
-    v3 = xp.reshape(xp.astype(v, accumulate, copy=False), (key_heads, *v.shape[-2:]))
+    q3 = xp.reshape(xp.astype(q, stored, copy=False), (key_heads, repeat, *q.shape[-2:]))
+    k3 = xp.reshape(xp.astype(k, stored, copy=False), (key_heads, *k.shape[-2:]))
+    v3 = xp.reshape(xp.astype(v, stored, copy=False), (key_heads, *v.shape[-2:]))
     mask = None
     if not on_host(xp, q) or not _sum_is_finite(xp, q3):
-        q3 = xp.where(xp.isfinite(q3), q3, xp.nan)  # logits of -inf would pass for keys that are not seen
+        wide = xp.astype(q3, xp.float64 if q3.dtype == xp.float64 else xp.float32, copy=False)
+        wide = xp.where(xp.isfinite(wide), wide, xp.nan)  # logits of -inf would pass for keys that are not seen
+        q3 = xp.astype(wide, q3.dtype, copy=False)
     if key_mask is not None and key_heads:
         per_batch = 1 if len(k.shape) == 2 else k.shape[-3]
         spread = xp.reshape(key_mask, (-1, 1, k.shape[-2]))
         spread = xp.broadcast_to(spread, (key_heads // per_batch, per_batch, k.shape[-2]))
         mask = xp.reshape(spread, (key_heads, k.shape[-2]))
-        k3 = xp.where(mask[..., None], k3, 0.0)
-        v3 = xp.where(mask[..., None], v3, 0.0)
+        zero = xp.zeros((), dtype=k3.dtype, device=device(k3))
+        k3 = xp.where(mask[..., None], k3, zero)
+        v3 = xp.where(mask[..., None], v3, zero)
     if check_finite or (check_finite is None and on_host(xp, q)):
         _check_finite(xp, "k", k3)
         _check_finite(xp, "v", v3)

@@ -92,8 +92,8 @@ def sampled_rows(problem: Problem, rows: int, seed: int) -> np.ndarray:
 
 
 def solve_rows(problem: Problem, rows: np.ndarray) -> Solution:
-    """Exact attention of the numbered queries."""
-    xp = problem.xp
+    """Exact attention of the numbered queries, in the dtype that is accumulated in."""
+    problem, xp = problem.widened(), problem.xp
     index = xp.asarray(rows, device=device(problem.q))
     positions = rows + (problem.n_k - problem.n_q)
     with np.errstate(all="ignore"):
@@ -222,7 +222,7 @@ def audit(
         expected, given_shape = (*q.shape[:-1], v.shape[-1]), tuple(output.out.shape)
         if given_shape != expected:
             raise ValueError(f"output must have out {expected}, got {given_shape}")
-        out = xp.reshape(xp.astype(output.out, problem.q.dtype, copy=False), shape)
+        out = xp.reshape(xp.astype(output.out, problem.dtype, copy=False), shape)
         if output.report.method is None:
             raise ValueError("output must come from a call that names its method: a compiled call chose its own")
         given = Solution(out, xp.reshape(output.lse, shape[:3]))

@@ -116,7 +116,7 @@ def explain(
     method = Treecode() if method is None else method
     if not isinstance(method, Treecode):
         raise TypeError(f"explain is for a Treecode: Exact and LSH read keys one by one; got method={method!r}")
-    problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend)
+    problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend).widened()
     index = _head(head, tuple(q.shape[:-2]))
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < problem.n_q:
         raise IndexError(f"row must be a whole number from 0 to {problem.n_q - 1}, got {row!r}")

@@ -93,7 +93,7 @@ def attend_treecode(problem: Problem, method: Treecode) -> Solution:
     """Exact attention within each query's own block, merged by lse with one part per tier of the forest."""
     xp, n_q, n_k = problem.xp, problem.n_q, problem.n_k
     batch, repeat, _, _ = problem.q.shape
-    here = {"device": device(problem.q), "dtype": problem.q.dtype}
+    here = {"device": device(problem.q), "dtype": problem.dtype}
     state = (
         xp.zeros((batch, repeat, n_q, problem.v.shape[-1]), **here),
         xp.full((batch, repeat, n_q), -xp.inf, **here),

@@ -34,6 +34,7 @@ def attend_buckets(problem: Problem, method: LSH) -> Solution:
     Raises ValueError for a window without causal. Cost: tables * bits dot products a row, and the candidates; memory
     linear in queries and keys.
     """
+    problem = problem.widened()
     xp, kernels, q, k, v = problem.xp, problem.kernels, problem.q, problem.k, problem.v
     if method.window and not problem.causal:
         raise ValueError(

@@ -8,7 +8,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Problem:
-    """Queries, keys and values in the accumulation dtype (float32, or float64 for float64), heads in one batch axis.
+    """Queries, keys and values in a dtype the kernels accept, heads in one batch axis; `dtype` is what is summed in.
 
     q (batch, repeat, n_q, d): `repeat` query heads share a key head; k (batch, n_k, d); v (batch, n_k, d_v);
     mask (batch, n_k) bool, True = keep, or None. Masked keys and values are already zeros.
@@ -23,6 +23,16 @@ class Problem:
     mask: Array | None
     causal: bool
     scale: float
+
+    @property
+    def dtype(self) -> Any:
+        """float32, or float64 for float64: of out and lse."""
+        return self.xp.float64 if self.q.dtype == self.xp.float64 else self.xp.float32
+
+    def widened(self) -> "Problem":
+        """The same with q, k and v in `dtype`."""
+        q, k, v = (self.xp.astype(x, self.dtype, copy=False) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
 
     @property
     def n_q(self) -> int:

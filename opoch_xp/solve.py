@@ -39,11 +39,14 @@ def check_method(method: object) -> None:
 def solve(problem: Problem, method: Method) -> Solution:
     """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays."""
     xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
-    here = {"dtype": problem.q.dtype, "device": device(problem.q)}
+    here = device(problem.q)
     if 0 in lead:
-        return Solution(xp.zeros((*lead, width), **here), xp.full(lead, -xp.inf, **here))
+        empty = {"dtype": problem.dtype, "device": here}
+        return Solution(xp.zeros((*lead, width), **empty), xp.full(lead, -xp.inf, **empty))
     if width == 0:  # the lse is still wanted
-        solution = solve(replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), **here)), method)
+        solution = solve(
+            replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), dtype=problem.v.dtype, device=here)), method
+        )
         return replace(solution, out=solution.out[..., :0])
     with np.errstate(all="ignore"):  # infinite logits are meant, and what is not finite is seen in the output
         return _SOLVERS[type(method)](problem, method)

@@ -24,7 +24,7 @@ KERNELS = (
     "merge_part",
     "synchronize",
 )
-CONSTANTS = ("COST",)
+CONSTANTS = ("ACCEPTS", "COST")
 
 
 @dataclass(frozen=True)

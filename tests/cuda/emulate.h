@@ -49,12 +49,21 @@ struct Barrier {
 #endif
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  int group;
+};
+
 struct Thread {
   dim3 index;
   Barrier* waiting = nullptr;
   unsigned long generation = 0;
   bool done = false;
   unsigned long long slot = 0;  // what it gives to the others of its warp, or block
+  unsigned fragment[6] = {};    // of a matrix
+  std::vector<Copy> copies;     // asked for, not yet done
+  int groups = 0;
 #ifndef EMULATE_THREADS
   bool started = false;
   ucontext_t context;  // where it starts

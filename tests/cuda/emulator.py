@@ -15,6 +15,7 @@ from opoch_xp.backends.cupy import launch
 
 HERE = Path(__file__).parent
 SHARED = 232448  # as in emulate.h
+ARCHITECTURE = 90
 
 
 def identifier(name: str) -> str:
@@ -49,7 +50,7 @@ class Emulator:
         self.launched: set[str] = set()
 
     def function(self, file: str, name: str, where: int) -> Callable[..., None]:
-        assert name in launch.INSTANCES[file], f"{name} is no instance of {file}"
+        assert name in launch.instances(file, ARCHITECTURE), f"{name} is no instance of {file}"
         kernel = getattr(_library(file, self.flags), identifier(name))
         self.launched.add(name)
 
@@ -77,4 +78,4 @@ def call(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], arguments: 
 
 @cache
 def _library(file: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    return build((launch.HERE / file).read_text(), launch.INSTANCES[file], flags)
+    return build((launch.HERE / file).read_text(), launch.instances(file, ARCHITECTURE), flags)

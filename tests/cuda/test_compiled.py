@@ -40,8 +40,8 @@ def test_every_source_has_instances() -> None:
 def test_nvrtc(file: str, arch: int) -> None:
     """Without a warning, and with every instance in the machine code."""
     source = (launch.HERE / file).read_text()
-    found = compiled(source, launch.INSTANCES[file], arch, launch.OPTIONS)
-    assert set(found) == set(launch.INSTANCES[file])
+    found = compiled(source, launch.instances(file, arch), arch, launch.OPTIONS)
+    assert set(found) == set(launch.instances(file, arch))
     assert all(found.values()), found
 
 
@@ -50,7 +50,7 @@ def test_nvrtc(file: str, arch: int) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_nvcc_budget(file: str, arch: int, tmp_path: Path) -> None:
     """Registers within BUDGET, no spills, no static shared memory beyond what the launcher counts (none)."""
-    names = launch.INSTANCES[file]
+    names = launch.instances(file, arch)
     references = ", ".join(f"(void*)&{name}" for name in names)
     path = tmp_path / file
     path.write_text(f"{(launch.HERE / file).read_text()}\nvoid* instances[] = {{{references}}};\n")

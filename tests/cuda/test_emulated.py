@@ -14,14 +14,14 @@ import pytest
 if shutil.which("g++") is None:
     pytest.skip("the emulation is compiled by g++, which is not installed", allow_module_level=True)
 
-from emulator import SHARED, Emulator
+from emulator import ARCHITECTURE, SHARED, Emulator
 
 import opoch_xp as ox
-from opoch_xp import workloads
+from opoch_xp import backends, workloads
 from opoch_xp.backends import cupy as plugin
 from opoch_xp.backends import generic, kernels_for
 from opoch_xp.backends.cupy import launch
-from opoch_xp.backends.cupy.launch import INSTANCES
+from opoch_xp.backends.cupy.launch import INSTANCES, instances
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.forest import directions
 from opoch_xp.tree import splits
@@ -40,6 +40,7 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     emulator = Emulator(descending=request.param, threads=RACES)
     monkeypatch.setattr(launch, "function", emulator.function)
     monkeypatch.setattr(launch, "shared_limit", lambda where: SHARED)
+    monkeypatch.setattr(launch, "architecture", lambda where: ARCHITECTURE)
     empty = namespace.empty
 
     def filled(*args: Any, **keywords: Any) -> np.ndarray:
@@ -51,6 +52,19 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     with np.errstate(all="ignore"):
         yield emulator
     LAUNCHED.update(emulator.launched)
+
+
+@pytest.fixture
+def whole_plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """NumPy arrays go through the CuPy plugin."""
+    monkeypatch.setattr(backends, "_module", lambda name: plugin if name == "numpy" else generic)
+    monkeypatch.setattr(plugin, "synchronize", generic.synchronize)  # a host has no stream
+    caches = backends._kernels, kernels_for
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 def normal(seed: int, *shape: int, dtype: str = "float64") -> np.ndarray:
@@ -125,6 +139,80 @@ def test_merge_part(rows: int, dtype: str) -> None:
     ours = plugin.merge_part(out.copy(), lse.copy(), part, part_lse, 1)
     close(ours[0], theirs[0], dtype)
     close(ours[1], theirs[1], dtype)
+
+
+HALF_WIDTHS = [pytest.param(8, 8, 3, marks=smallest), (40, 24, 35), (64, 64, 33), (72, 136, 40)]
+
+
+def halves(dtype: str, *shape: int, seed: int = 0) -> np.ndarray:
+    """Normal numbers of 16 bits."""
+    kind = np.float16 if dtype == "float16" else pytest.importorskip("ml_dtypes").bfloat16
+    return np.random.default_rng(seed).standard_normal(shape).astype(kind)
+
+
+def close_16(ours: Any, theirs: Any, v: np.ndarray) -> None:
+    """Products of 16-bit numbers are exact in float32; weights are rounded to 16 bits before they meet the values."""
+    unit = 2.0**-10 if v.dtype == np.float16 else 2.0**-7
+    assert ours[0].dtype == ours[1].dtype == np.float32
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=TOLERANCE["float32"], atol=TOLERANCE["float32"])
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=unit * float(np.abs(v.astype(np.float32)).max()))
+    difference = np.linalg.norm(np.nan_to_num(ours[0] - theirs[0]))
+    assert difference <= 0.5 * unit * np.linalg.norm(np.nan_to_num(theirs[0]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dim", "width", "n"), HALF_WIDTHS)
+def test_exact_attention_by_tensor_cores(
+    dim: int, width: int, n: int, causal: bool, dtype: str, emulated: Emulator
+) -> None:
+    q, k, v = (halves(dtype, *s, seed=i) for i, s in enumerate(((2, 2, n, dim), (2, n + 30, dim), (2, n + 30, width))))
+    mask = np.random.default_rng(3).random((2, n + 30)) < 0.7
+    given = {"causal": causal, "scale": 0.3, "mask": mask}
+    theirs = generic.exact_attention(*(x.astype(np.float32) for x in (q, k, v)), **given)
+    close_16(plugin.exact_attention(q, k, v, **given), theirs, v)
+    assert any(f"<{launch.HALVES[dtype]}," in name for name in emulated.launched)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("own", [0, 2])
+@pytest.mark.parametrize(("dim", "width", "n"), HALF_WIDTHS)
+def test_tree_by_tensor_cores(dim: int, width: int, n: int, own: int, dtype: str, emulated: Emulator) -> None:
+    method = ox.Treecode(block=16, leaf=4, branch=2, top=2, group=9, open=2, near=2, own=own)
+    k, v = halves(dtype, 3, 64, dim), halves(dtype, 3, 64, width, seed=1)
+    wide = k.astype(np.float32), v.astype(np.float32)
+    axes, query_axes = directions(0, 0, 0, 4, dim), directions(0, 0, 1, splits(n, 9), dim)
+    mine = plugin.build_tree(k, v, axes, method)
+    assert mine.cells.dtype == k.dtype
+    theirs = generic.build_tree(*wide, axes, method, order=mine.order)
+    np.testing.assert_array_equal(mine.cells.astype(np.float32), theirs.cells)
+    queries = halves(dtype, 2, n, dim, seed=2)
+    queries[0, 1, 0] = np.nan
+    given = np.asarray([0, 1]), np.asarray([3, 1]), query_axes, method
+    groups = plugin.query_groups(queries, query_axes, method)
+    lists = tree_lists(queries.astype(np.float32), theirs, *given, scale=0.3, groups=groups)
+    more = {"scale": 0.3, "groups": groups, "lists": lists}
+    right = generic.tree_attention(queries.astype(np.float32), theirs, *given, **more)
+    close_16(plugin.tree_attention(queries, mine, *given, **more), right, v)
+    assert any(f"attend_lists<{launch.HALVES[dtype]}," in name for name in emulated.launched)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+@pytest.mark.parametrize(("arch", "dim"), [(75, 16), (90, 12)])
+def test_16_bits_without_tensor_cores_are_widened(arch: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device before sm_80, and where rows are no whole copies of 16 bytes."""
+    monkeypatch.setattr(launch, "architecture", lambda where: arch)
+    q, k, v = (halves("float16", *s) for s in ((1, 1, 9, dim), (1, 20, dim), (1, 20, 16)))
+    given = {"causal": True, "scale": 0.3}
+    wide = [x.astype(np.float32) for x in (q, k, v)]
+    ours = plugin.exact_attention(q, k, v, **given)
+    close(ours[0], generic.exact_attention(*wide, **given)[0], "float32")
+    method = ox.Treecode(block=4, leaf=2, group=4, open=2, near=1, own=1)
+    axes = directions(0, 0, 0, 2, dim)
+    tree = plugin.build_tree(k[:, :8], v[:, :8], axes, method)
+    assert tree.cells.dtype == np.float32
+    out, _ = plugin.tree_attention(q[0], tree, np.asarray([0]), np.asarray([1]), axes, method, scale=0.3)
+    assert out.dtype == np.float32
 
 
 METHODS = [
@@ -243,23 +331,37 @@ def test_bucket_attention(
     ],
     ids=lambda method: type(method).__name__,
 )
-def test_whole_calls(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_calls(method: Any, whole_plugin: None) -> None:
     """attention through all of the plugin's kernels errs as much as through the generic ones."""
-    from opoch_xp import backends
-
     q, k, v = workloads.make("scattered", 300, heads=2, dim=16)
     exact = ox.attention(q, k, v, causal=True, method=ox.Exact(), backend="generic")
     theirs = ox.attention(q, k, v, causal=True, method=method, backend="generic")
-    monkeypatch.setattr(backends, "_module", lambda name: plugin if name == "numpy" else generic)
-    backends._kernels.cache_clear()
-    kernels_for.cache_clear()
-    try:
-        ours = ox.attention(q, k, v, causal=True, method=method)
-    finally:
-        backends._kernels.cache_clear()
-        kernels_for.cache_clear()
+    ours = ox.attention(q, k, v, causal=True, method=method)
     error, right = (np.linalg.norm(x - exact) for x in (ours, theirs))
     assert error <= 1.05 * right + 1e-5 * np.linalg.norm(exact)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+@pytest.mark.parametrize(
+    "method",
+    [
+        ox.Exact(),
+        ox.LSH(bits=4, tables=3),
+        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_whole_calls_in_16_bits(method: Any, whole_plugin: None, emulated: Emulator) -> None:
+    """float16 in, float16 out, judged by an audit that is exact in float32."""
+    q, k, v = (x.astype(np.float16) for x in workloads.make("scattered", 200, heads=2, dim=16))
+    mask = np.arange(200) != 7
+    wide = [x.astype(np.float32) for x in (q, k, v)]
+    found = ox.audit(q, k, v, causal=True, method=method, key_mask=mask, rows=200)
+    theirs = ox.audit(*wide, causal=True, method=method, key_mask=mask, rows=200, backend="generic")
+    assert found.error.max() <= 1.05 * theirs.error.max() + 2.0**-10
+    result = ox.attend(q, k, v, causal=True, method=method, key_mask=mask)
+    assert (result.out.dtype, result.lse.dtype) == (np.float16, np.float32)
+    assert any("f16" in name for name in emulated.launched) == (type(method) is not ox.LSH)
 
 
 def test_errors_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,5 +377,5 @@ def test_errors_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
 def test_every_instance_was_launched() -> None:
     """Runs last: no instance goes untested."""
-    missing = {name for names in INSTANCES.values() for name in names} - LAUNCHED
+    missing = {name for file in INSTANCES for name in instances(file, ARCHITECTURE)} - LAUNCHED
     assert not missing

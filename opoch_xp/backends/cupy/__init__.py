@@ -14,6 +14,7 @@ from opoch_xp.backends.cupy.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
 
 __all__ = [
+    "ACCEPTS",
     "COST",
     "bucket_attention",
     "build_tree",
@@ -26,6 +27,7 @@ __all__ = [
     "unavailable",
 ]
 
+ACCEPTS = ("float16", "bfloat16", "float32", "float64")
 COST = Cost(read=4.5, split=38.0)  # not measured: the PyTorch plugin's on a CPU
 
 

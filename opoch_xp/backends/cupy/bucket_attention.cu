@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
                    const i64* stops, const i64* ranks, const T* top_before, const T* total_before, T* out, T* top, T* total,
                    i64* read, i64 N, i64 M, int table, int dim, int width, T scale) {
   extern __shared__ __align__(16) char shared[];
-  Tile<T, EP> tile(shared, dim, width, blockIdx.y * EP);
+  Tile<T, EP> tile(shared, dim, width, blockIdx.y * EP, scale);
   i64* number = (i64*)(shared + ((char*)(tile.keep + BQ) - shared + 7) / 8 * 8);  // [BK]: the keys of a tile
   u32* counted = (u32*)(number + BK);                                             // [BQ]
   i64 mine = -1;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     tile.row[threadIdx.x] = mine;
     counted[threadIdx.x] = 0;
   }
-  tile.resume(queries, scale, out, top_before, total_before);
+  tile.resume(queries, out, top_before, total_before);
   i64 low = M, high = 0;
   for (int i = 0; i < BQ; i++) {
     if (tile.row[i] < 0) continue;

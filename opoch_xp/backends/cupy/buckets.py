@@ -19,6 +19,7 @@ from opoch_xp.backends.cupy.launch import (
     parts,
     run,
     tile_bytes,
+    widened,
 )
 from opoch_xp.backends.generic.buckets import Flat, candidate_runs, settled
 
@@ -41,6 +42,7 @@ def bucket_attention(
 ) -> tuple[Array, Array, Array]:
     """See opoch_xp.backends.generic.buckets.bucket_attention. How many queries found no candidate is read back."""
     xp = array_namespace(q)
+    q, k, v = widened(q, k, v)
     batch, repeat, n_q, dim = q.shape
     n_k, width = k.shape[1], v.shape[-1]
     queries, keys = batch * n_q * repeat, batch * n_k

@@ -14,7 +14,9 @@ from opoch_xp.backends.cupy.launch import (
     on_device,
     parts,
     run,
+    tensor_cores,
     tile_bytes,
+    widened,
 )
 
 Array = Any
@@ -37,9 +39,12 @@ def exact_attention(
     xp = array_namespace(q)
     batch, repeat, n_q, dim = q.shape
     n_k, width = k.shape[1], v.shape[2]
+    if not tensor_cores(q, dim, width):
+        q, k, v = widened(q, k, v)
     q, k, v, mask = contiguous(q, k, v, mask)
+    kind = xp.float64 if q.dtype == xp.float64 else xp.float32
     last = None if positions is None or not causal else xp.asarray(np.asarray(positions, dtype=np.int64))
-    out, lse = xp.empty((batch, repeat, n_q, width), dtype=q.dtype), xp.empty((batch, repeat, n_q), dtype=q.dtype)
+    out, lse = xp.empty((batch, repeat, n_q, width), dtype=kind), xp.empty((batch, repeat, n_q), dtype=kind)
     columns = columns_for(width, q.dtype)
     run(
         FILE, "exact_attention", q, (parts(n_q, QUERIES) * batch * repeat, parts(width, columns)), TILE_THREADS,

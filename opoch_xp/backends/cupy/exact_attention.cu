@@ -3,7 +3,8 @@
 // What: opoch_xp/backends/generic/exact.py. A block takes BQ queries of one head and EP columns of their values past all
 // keys they see, BK at a time (tile.cuh); keys after the last query of a block are never read.
 // Cost: n_q * n_k * (d + e) multiply-adds (half of them causal, and the logits again for every EP columns); a block reads
-// its keys and values once, so device memory is n_q / BQ times their bytes, mostly from the L2 cache.
+// its keys and values once, so device memory is n_q / BQ times their bytes, mostly from the L2 cache. 16-bit inputs go
+// through tensor cores; out and lse are float32 then.
 // Source: Dao, FlashAttention-2, 2023.
 //
 // Letters: B batch entries, R queries' heads to one of keys, d = dim, e = width. q (B, R, n_q, d), k (B, n_k, d),
@@ -11,20 +12,20 @@
 
 #include "tile.cuh"
 
-template <class T, int EP>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
-    exact_attention(const T* q, const T* k, const T* v, const bool* mask, const i64* last, T* out, T* lse, i64 repeat,
-                    i64 n_q, i64 n_k, int dim, int width, T scale, int causal) {
+template <class S, int EP, class A = typename Accumulate<S>::type>
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 2 : 4)
+    exact_attention(const S* q, const S* k, const S* v, const bool* mask, const i64* last, A* out, A* lse, i64 repeat,
+                    i64 n_q, i64 n_k, int dim, int width, A scale, int causal) {
   extern __shared__ __align__(16) char shared[];
   const i64 tiles = (n_q + BQ - 1) / BQ, head = blockIdx.x / tiles, batch = head / repeat;
   const i64 first = blockIdx.x % tiles * BQ;
-  Tile<T, EP> tile(shared, dim, width, blockIdx.y * EP);
+  Tile<S, EP> tile(shared, dim, width, blockIdx.y * EP, scale);
   if (threadIdx.x < BQ) {
     const i64 i = first + threadIdx.x;
     tile.row[threadIdx.x] = i < n_q ? head * n_q + i : -1;
     tile.limit[threadIdx.x] = i >= n_q ? 0 : !causal ? n_k : smaller(n_k, (last ? last[i] : i + n_k - n_q) + 1);
   }
-  tile.begin(q, scale);
+  tile.begin(q);
   i64 stop = 0;
   for (int i = 0; i < BQ; i++) stop = larger(stop, tile.limit[i]);
   for (i64 start = 0; start < stop; start += BK) {

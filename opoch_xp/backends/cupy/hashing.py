@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from opoch_xp.backends.cupy.launch import LANES, contiguous, on_device, parts, run
+from opoch_xp.backends.cupy.launch import LANES, contiguous, on_device, parts, run, widened
 
 Array = Any
 WARPS, ROWS, DEPTH = 8, 64, 32  # as in hash_codes.cu
@@ -20,7 +20,7 @@ def hash_codes(x: Array, planes: Any) -> Array:
     if bits == 0:
         return xp.zeros((*lead, tables, n), dtype=xp.int64)
     codes = xp.empty((*lead, tables, n), dtype=xp.int64)
-    (x,) = contiguous(x)
+    (x,) = contiguous(*widened(x))
     rows = x.size // dim
     normals = xp.asarray(np.ascontiguousarray(planes, dtype=x.dtype))
     shared = (ROWS * DEPTH + DEPTH * (LANES + 1)) * x.dtype.itemsize + 4 * ROWS * parts(tables * bits, LANES)

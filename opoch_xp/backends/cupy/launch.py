@@ -16,14 +16,19 @@ Array = Any
 Function = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...], int], None]  # grid, block, arguments, bytes
 
 HERE = Path(__file__).parent
-OPTIONS = ("--std=c++17", f"-I{HERE}")
+OPTIONS = ("-std=c++17", f"-I{HERE}")
 TYPES = {"float32": "float", "float64": "double"}
-COLUMNS = {"float32": (32, 64, 128), "float64": (32, 64)}  # numbers of a value that a block does at once
+HALVES = {"float16": "f16", "bfloat16": "bf16"}  # through tensor cores, where there are: from TENSOR_CORES on
+TENSOR_CORES = 80
+COLUMNS = {  # numbers of a value that a block does at once
+    "float32": (32, 64, 128), "float64": (32, 64), "float16": (32, 64, 128), "bfloat16": (32, 64, 128),
+}  # fmt: skip
 LANES = 32
-QUERIES, KEYS, SLAB = 32, 64, 16  # of a tile: BQ, BK and SLAB of tile.cuh
+QUERIES, KEYS, SLAB, SLAB_16, GAP = 32, 64, 16, 32, 8  # of a tile: BQ, BK, SLAB, ... of tile.cuh
 TILE_THREADS = 128
 
-_TILES = [(TYPES[name], columns) for name, widths in COLUMNS.items() for columns in widths]
+_TILES = [(kind, columns) for name, kind in TYPES.items() for columns in COLUMNS[name]]
+_HALF_TILES = [(kind, columns) for name, kind in HALVES.items() for columns in COLUMNS[name]]
 INSTANCES: dict[str, tuple[str, ...]] = {
     "exact_attention.cu": (
         *(f"exact_attention<{kind}, {columns}>" for kind, columns in _TILES),
@@ -41,19 +46,38 @@ INSTANCES: dict[str, tuple[str, ...]] = {
     ),
     "bucket_attention.cu": tuple(f"attend_buckets<{kind}, {columns}>" for kind, columns in _TILES),
 }
+TENSOR_INSTANCES: dict[str, tuple[str, ...]] = {
+    "exact_attention.cu": tuple(f"exact_attention<{kind}, {columns}>" for kind, columns in _HALF_TILES),
+    "tree_attention.cu": tuple(
+        f"attend_lists<{kind}, {columns}, {own}>" for kind, columns in _HALF_TILES for own in ("false", "true")
+    ),
+}
+
+
+def instances(file: str, arch: int) -> tuple[str, ...]:
+    """The template instances of a source for compute capability `arch`."""
+    return INSTANCES[file] + (TENSOR_INSTANCES.get(file, ()) if arch >= TENSOR_CORES else ())
 
 
 @cache
-def _module(file: str) -> Any:
+def architecture(where: int) -> int:
+    """Compute capability of the device number `where`: 90 for 9.0."""
     import cupy
 
-    return cupy.RawModule(code=(HERE / file).read_text(), options=OPTIONS, name_expressions=INSTANCES[file])
+    return int(cupy.cuda.Device(where).compute_capability)
+
+
+@cache
+def _module(file: str, arch: int) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=(HERE / file).read_text(), options=OPTIONS, name_expressions=instances(file, arch))
 
 
 @cache
 def function(file: str, name: str, where: int) -> Function:
     """One instance of INSTANCES on the device number `where`, which is the current one."""
-    kernel = _module(file).get_function(name)
+    kernel = _module(file, architecture(where)).get_function(name)
     most = shared_limit(where)
 
     def launch(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared: int) -> None:
@@ -77,7 +101,8 @@ def run(
     template: tuple[Any, ...] = (), shared: int = 0,
 ) -> None:  # fmt: skip
     """Launch `kernel` for the dtype of `like` and further template arguments. Arguments: arrays, None for a null
-    pointer, NumPy scalars of the kernel's own types; Python floats become the dtype of `like`, Python integers `int`.
+    pointer, NumPy scalars of the kernel's own types; Python floats become the dtype that is summed in, Python integers
+    `int`.
 
     Raises ValueError where `shared` bytes are more than the device has.
     """
@@ -89,12 +114,12 @@ def run(
             f"head size {like.shape[-1]} in {like.dtype} needs {shared:,} bytes of shared memory a block,"
             f" the device has {shared_limit(where):,}; take a smaller head size or dtype, or backend='generic'"
         )
-    real = like.dtype.type
+    real = np.float64 if like.dtype.name == "float64" else np.float32
     given = tuple(
         np.uint64(0) if a is None else real(a) if isinstance(a, float) else np.int32(a) if isinstance(a, int) else a
         for a in arguments
     )
-    name = f"{kernel}<{', '.join(map(str, (TYPES[like.dtype.name], *template)))}>"
+    name = f"{kernel}<{', '.join(map(str, ((TYPES | HALVES)[like.dtype.name], *template)))}>"
     function(file, name, where)(grid, (threads,), given, shared)
 
 
@@ -130,8 +155,26 @@ def columns_for(width: int, dtype: Any) -> int:
 
 def tile_bytes(dim: int, columns: int, dtype: Any) -> int:
     """Shared memory of a `Tile` of tile.cuh."""
-    numbers = dim * QUERIES + SLAB * max(KEYS + 1, columns) + QUERIES * (KEYS + 1) + 3 * QUERIES
-    return 8 * (2 * QUERIES + 2 * KEYS) + numbers * dtype.itemsize
+    state = QUERIES * (KEYS + 1) + 3 * QUERIES
+    if dtype.name in HALVES:
+        slab = 2 * max(KEYS * (SLAB_16 + GAP), SLAB * (columns + GAP))
+        products = 2 * (slab + QUERIES * (parts(dim, SLAB_16) * SLAB_16 + GAP)) + 4 * state
+    else:
+        products = dtype.itemsize * (dim * QUERIES + SLAB * max(KEYS + 1, columns) + state)
+    return 8 * (2 * QUERIES + 2 * KEYS) + products
+
+
+def tensor_cores(like: Array, *sizes: int) -> bool:
+    """Whether 16-bit numbers of such sizes go through tensor cores: rows must be whole copies of 16 bytes."""
+    return architecture(number_of(like)) >= TENSOR_CORES and all(size % 8 == 0 for size in sizes)
+
+
+def widened(*arrays: Array) -> list[Any]:
+    """The arrays with 16-bit numbers as float32; None stays."""
+    return [
+        a if a is None or a.dtype.name not in HALVES else array_namespace(a).astype(a, array_namespace(a).float32)
+        for a in arrays
+    ]
 
 
 def parts(whole: int, size: int) -> int:

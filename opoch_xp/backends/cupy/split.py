@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from opoch_xp.backends.cupy.launch import LANES, contiguous, on_device, parts, run
+from opoch_xp.backends.cupy.launch import LANES, contiguous, on_device, parts, run, widened
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import group_count, splits
 
@@ -59,7 +59,7 @@ def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
     padded = size << splits(n, size)
     if size == 1:  # nothing is shared: any order will do
         return xp.broadcast_to(xp.arange(n, dtype=xp.int64), (tasks, n))
-    queries = finite_rows(queries)[0]
+    queries = finite_rows(*widened(queries))[0]
     if padded == n:
         return principal_order(queries, axes, method.iterations, None)
     rows = xp.concat([queries, xp.zeros((tasks, padded - n, dim), dtype=queries.dtype)], axis=1)

@@ -3,7 +3,7 @@
 Letters: F groups of g queries, W candidate nodes of all levels side by side, d and e the widths of keys and values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from opoch_xp.backends.cupy.launch import (
+    HALVES,
     KEYS,
     LANES,
     QUERIES,
@@ -22,7 +23,9 @@ from opoch_xp.backends.cupy.launch import (
     on_device,
     parts,
     run,
+    tensor_cores,
     tile_bytes,
+    widened,
 )
 from opoch_xp.backends.cupy.split import finite_rows, principal_order, query_groups
 from opoch_xp.methods import Treecode
@@ -44,6 +47,9 @@ def build_tree(
     xp = array_namespace(k)
     chunks, size, dim = k.shape
     width = v.shape[2]
+    if k.dtype.name in HALVES:
+        tree = build_tree(*widened(k, v), axes, method, mask=mask, order=order)
+        return replace(tree, cells=xp.astype(tree.cells, k.dtype)) if tensor_cores(k, dim, width) else tree
     k, v, mask = contiguous(k, v, mask)
     if order is None:
         order = principal_order(k, axes, method.iterations, mask)
@@ -91,6 +97,7 @@ def tree_attention(
     xp = array_namespace(queries)
     tasks, n, dim = queries.shape
     width = tree.cells.shape[2] - dim
+    (queries,) = widened(queries)
     out, lse = xp.zeros((tasks, n, width), dtype=queries.dtype), xp.full((tasks, n), -xp.inf, dtype=queries.dtype)
     first, count = np.asarray(first, dtype=np.int64), np.asarray(count, dtype=np.int64)
     if not out.size or not count.any():
@@ -105,7 +112,8 @@ def tree_attention(
     votes = xp.take(xp.reshape(finite, (-1,)), xp.where(index < 0, 0, index)) & (index >= 0)
     index, weight = contiguous(index, xp.astype(votes, queries.dtype))
     begin, chunks = (xp.asarray(np.repeat(x, total)) for x in (first, count))
-    work = Work(queries, index, weight, begin, chunks, int(count.max()))
+    stored = xp.astype(queries, tree.cells.dtype, copy=False)
+    work = Work(queries, stored, index, weight, begin, chunks, int(count.max()))
     forest = Forest.of(tree, method, work.widest)
     step = max(1, ELEMENTS // (index.shape[1] * forest.width))
     for start in range(0, tasks * total, step):
@@ -119,10 +127,11 @@ def tree_attention(
 
 @dataclass(frozen=True)
 class Work:
-    """Queries (T, n, d) in groups: index (F, g) flat rows or -1, votes (F, g), first and count (F,) of each group's
-    run, `widest` of the counts."""
+    """Queries (T, n, d), also as the cells are stored, in groups: index (F, g) flat rows or -1, votes (F, g), first and
+    count (F,) of each group's run, `widest` of the counts."""
 
     queries: Array
+    stored: Array
     index: Array
     votes: Array
     first: Array
@@ -131,7 +140,7 @@ class Work:
 
     def of(self, some: slice) -> "Work":
         index, votes, first, count = (x[some] for x in (self.index, self.votes, self.first, self.count))
-        return Work(self.queries, index, votes, first, count, self.widest)
+        return Work(self.queries, self.stored, index, votes, first, count, self.widest)
 
 
 @dataclass(frozen=True)
@@ -199,13 +208,13 @@ def _attend(
             high - low, stride, stride_above, low, nodes, children, most,
         )  # fmt: skip
     own = _own(work, forest, method, lists, far, mass, (above, amount_above, stride_above))
-    columns = columns_for(width, q.dtype)
+    columns = columns_for(width, work.stored.dtype)
     own_width = 0 if own is None else own.shape[2]
     run(
-        ATTEND, "attend_lists", q, (groups, parts(g, QUERIES), parts(width, columns)), TILE_THREADS,
-        q, index, first, forest.rows, far, mass, tree.cells, tree.kept, before, amount_before, own, out, lse, g, whole,
-        stride, own_width, tree.summaries[0].shape[1], tree.leaf, dim, width, scale,
-        template=(columns, "true" if own_width else "false"), shared=tile_bytes(dim, columns, q.dtype),
+        ATTEND, "attend_lists", work.stored, (groups, parts(g, QUERIES), parts(width, columns)), TILE_THREADS,
+        work.stored, index, first, forest.rows, far, mass, tree.cells, tree.kept, before, amount_before, own, out, lse,
+        g, whole, stride, own_width, tree.summaries[0].shape[1], tree.leaf, dim, width, scale,
+        template=(columns, "true" if own_width else "false"), shared=tile_bytes(dim, columns, work.stored.dtype),
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@
 // (the mass of a cell).
 //
 // Letters: F groups of g queries, W candidates of all levels side by side, of which a level has the columns from `column`
-// on; C opened nodes at most. index (F, g): flat rows of the queries, -1 is padding; first, count (F,): each group's run of
+// on; C opened nodes at most. S, what queries and cells are stored in; T, what
+// everything else is: float32 for 16 bits. index (F, g): flat rows of the queries, -1 is padding; first, count (F,): each group's run of
 // chunks; nodes: of a chunk, at this level. rows (R, 2 d + e): summaries of all levels; logs (R,): ln of their keys.
 // far (F, W): rows of `rows` that stand in for their keys, -1 for none; mass (F, g, W); opened (F, C): nodes numbered from
 // the first chunk of the run; amount (F,): how many.
@@ -167,28 +168,33 @@ __global__ void own_cells(T* mass, const i64* far, const i64* count, const i64* 
   }
 }
 
+__device__ __forceinline__ float to_number(float x) { return x; }
+__device__ __forceinline__ double to_number(double x) { return x; }
+__device__ __forceinline__ float to_number(f16 x) { return to_float(x); }
+__device__ __forceinline__ float to_number(bf16 x) { return to_float(x); }
+
 // Step 5: far nodes by their masses, the cells of the group, each query's own cells. cells (keys, d + e) of all chunks, kept
 // (keys,) or null; per_chunk cells a chunk. Grid: groups, tiles of queries, parts of the value.
-template <class T, int EP, bool OWN>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
-    attend_lists(const T* queries, const i64* index, const i64* first, const T* rows, const i64* far, const T* mass,
-                 const T* cells, const bool* kept, const i64* opened, const int* amount, const i64* own, T* out, T* lse,
+template <class S, int EP, bool OWN, class T = typename Accumulate<S>::type>
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 2 : 4)
+    attend_lists(const S* queries, const i64* index, const i64* first, const T* rows, const i64* far, const T* mass,
+                 const S* cells, const bool* kept, const i64* opened, const int* amount, const i64* own, T* out, T* lse,
                  int g, int W, int C, int own_width, int per_chunk, int leaf, int dim, int width, T scale) {
   extern __shared__ __align__(16) char shared[];
   const i64 group = blockIdx.x;
   const int low = blockIdx.y * BQ;
-  Tile<T, EP> tile(shared, dim, width, blockIdx.z * EP);
+  Tile<S, EP> tile(shared, dim, width, blockIdx.z * EP, scale);
   if (threadIdx.x < BQ) {
     const int i = low + threadIdx.x;
     tile.row[threadIdx.x] = i < g ? index[group * g + i] : -1;
   }
-  tile.begin(queries, scale);
+  tile.begin(queries);
   for (int start = 0; start < W; start += BK) {
     i64 node = -1;
     if (threadIdx.x < BK) {
       const int j = start + threadIdx.x;
       node = j < W ? far[group * W + j] : -1;
-      tile.values[threadIdx.x] = node < 0 ? nullptr : rows + node * (2 * dim + width) + 2 * dim;
+      tile.values[threadIdx.x] = node < 0 ? nullptr : rows + node * (2 * dim + width) + 2 * dim;  // of T
     }
     if (!__syncthreads_or(node >= 0)) continue;
     for (int at = threadIdx.x; at < BQ * BK; at += THREADS) {
@@ -196,7 +202,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
       const bool there = tile.values[c] && tile.row[i] >= 0;
       tile.weight[i * PITCH + c] = there ? mass[(group * g + low + i) * W + start + c] : -infinity<T>();
     }
-    tile.fold();
+    tile.template fold<T>();
   }
   const i64 base = first[group] * per_chunk;  // cells
   const int near = amount[group] * leaf;
@@ -227,21 +233,22 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
         const i64 key = key_of(i, c);
         T dot = key < 0 ? -infinity<T>() : (T)0;
         if (key >= 0) {
-          for (int b = lane; b < dim; b += LANES) dot += tile.q[b * BQ + i] * cells[key * (dim + width) + b];
+          for (int b = lane; b < dim; b += LANES) dot += tile.products.query(i, b, scale) * to_number(cells[key * (dim + width) + b]);
           dot = sum_over(dot, LANES);
         }
         if (lane == 0) tile.weight[i * PITCH + c] = dot;
       }
       tile.rescale();
-      for (int r = 0; r < 4; r++)
+      for (int r = 0; r < tile.products.ROWS; r++)
         for (int c = 0; c < BK; c++) {
-          const i64 key = key_of(4 * tile.y + r, c);
+          const int query = tile.products.row(r);
+          const i64 key = key_of(query, c);
           if (key < 0) continue;
-          const T weight = tile.weight[(4 * tile.y + r) * PITCH + c];
-          const T* value = cells + key * (dim + width) + dim;
-          for (int i = 0; i < EP / 16; i++) {
-            const int b = tile.column + tile.x + 16 * i;
-            if (b < width) tile.out[r][i] += weight * value[b];
+          const T weight = tile.weight[query * PITCH + c];
+          const S* value = cells + key * (dim + width) + dim;
+          for (int i = 0; i < tile.products.COLUMNS; i++) {
+            const int b = tile.column + tile.products.column(i);
+            if (b < width) tile.products.sum(r, i) += weight * to_number(value[b]);
           }
         }
       __syncthreads();

@@ -9,6 +9,7 @@ from opoch_xp.backends.generic.tree import build_tree, query_groups, tree_attent
 from opoch_xp.cost import Cost
 
 __all__ = [
+    "ACCEPTS",
     "COST",
     "bucket_attention",
     "build_tree",
@@ -20,6 +21,7 @@ __all__ = [
     "tree_attention",
 ]
 
+ACCEPTS = ("float32", "float64")  # other inputs are widened to float32 before the kernels see them
 COST = Cost(read=4.0, split=10.0)
 
 
