@@ -2,7 +2,9 @@
 
 A plugin is a module named by an entry point of the group `opoch_xp.backends`; the entry point's name is the array
 library. It may define any of KERNELS, with the signature and meaning of the twin in `opoch_xp.backends.generic`; what
-it lacks is filled with that twin once, when the plugin is loaded. Nothing falls back at call time.
+it lacks is filled with that twin once, when the plugin is loaded. Nothing falls back at call time. It may also define
+ACCEPTS, the dtypes its kernels take as they are (others are widened to float32 before; kernels that accept 16 bits
+return float32), and COST, what the automatic choice reckons with.
 """
 
 import sys

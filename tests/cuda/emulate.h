@@ -229,13 +229,13 @@ void launch(void (*kernel)(A...), const unsigned* shape, void** arguments, std::
   const std::function<void()> body = [&] { kernel(*(A*)arguments[I]...); };
   for (unsigned z = 0; z < shape[2]; z++)
     for (unsigned y = 0; y < shape[1]; y++)
-      for (unsigned x = 0; x < shape[0]; x++) {
+      for (unsigned x = shape[5]; x < shape[0]; x++) {
         block.index = {x, y, z};
         start(block, body, shape[4]);
       }
 }
 
-// shape: grid x, y, z, threads of a block, and whether they run in descending order.
+// shape: grid x, y, z, threads of a block, whether they run in descending order, and the first block in x to run.
 template <class... A> void launch(void (*kernel)(A...), const unsigned* shape, void** arguments) {
   launch(kernel, shape, arguments, std::index_sequence_for<A...>{});
 }

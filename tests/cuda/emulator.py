@@ -42,10 +42,10 @@ def build(source: str, names: tuple[str, ...], flags: tuple[str, ...] = ()) -> c
 
 class Emulator:
     """`launch.function` for NumPy arrays. Threads of a block take turns in ascending or descending order; `threads`:
-    they are threads of the system, watched by ThreadSanitizer."""
+    they are threads of the system, watched by ThreadSanitizer; `last_block`: no other block of x runs."""
 
-    def __init__(self, descending: bool = False, threads: bool = False) -> None:
-        self.descending = descending
+    def __init__(self, descending: bool = False, threads: bool = False, last_block: bool = False) -> None:
+        self.descending, self.last_block = descending, last_block
         self.flags = ("-DEMULATE_THREADS", "-fsanitize=thread", "-g") if threads else ()
         self.launched: set[str] = set()
 
@@ -55,16 +55,24 @@ class Emulator:
         self.launched.add(name)
 
         def run(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared: int) -> None:
-            call(kernel, grid, block, arguments, self.descending)
+            call(kernel, grid, block, arguments, self.descending, grid[0] - 1 if self.last_block else 0)
 
         return run
 
 
-def call(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], down: bool) -> None:
-    """Runs a kernel of `build`: arrays as pointers to their first number, NumPy scalars by value."""
+def call(
+    kernel: Any,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    down: bool,
+    first: int = 0,
+) -> None:
+    """Runs a kernel of `build`, in x from block `first` on: arrays as pointers to their first number, NumPy scalars by
+    value."""
     assert grid[0] < 2**31
     assert all(size < 2**16 for size in grid[1:])
-    shape = (ctypes.c_uint * 5)(*grid, *[1] * (3 - len(grid)), block[0], down)
+    shape = (ctypes.c_uint * 6)(*grid, *[1] * (3 - len(grid)), block[0], down, first)
     held = []
     for one in arguments:
         if isinstance(one, np.ndarray):

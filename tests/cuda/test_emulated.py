@@ -3,6 +3,7 @@
 `nox -s cuda_emulate` runs it all, `nox -s cuda_races` what is marked `smallest` under ThreadSanitizer.
 """
 
+import mmap
 import os
 import shutil
 from typing import Any
@@ -362,6 +363,48 @@ def test_whole_calls_in_16_bits(method: Any, whole_plugin: None, emulated: Emula
     result = ox.attend(q, k, v, causal=True, method=method, key_mask=mask)
     assert (result.out.dtype, result.lse.dtype) == (np.float16, np.float32)
     assert any("f16" in name for name in emulated.launched) == (type(method) is not ox.LSH)
+
+
+def untouched(*shape: int, dtype: type = np.float32) -> np.ndarray:
+    """Zeros that take memory only where they are touched."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+def test_more_than_two_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block of each kernel that walks along rows, where 32-bit offsets would have wrapped around."""
+    emulator = Emulator(last_block=True)
+    monkeypatch.setattr(launch, "function", emulator.function)
+    n, d = 2**26 + 5, 33
+    x = untouched(1, n, d)
+    assert x.size > 2**31
+    x[0, -3:] = normal(0, 3, d)
+    codes, planes = untouched(1, 2, n, dtype=np.int64), ox.random_hyperplanes(d, 5, 2)
+    monkeypatch.setattr(namespace, "empty", lambda *shape, **keywords: codes)
+    plugin.hash_codes(x, planes)
+    np.testing.assert_array_equal(codes[0, :, -3:], generic.hash_codes(x[0, -3:], planes))
+
+    order = untouched(1, n, dtype=np.int64)
+    order[0, -3:] = [n - 1, n - 3, n - 2]
+    rows, number = np.int64(n), np.int64
+    cells = untouched(1, n, d + 1)
+    values = untouched(1, n, 1)
+    grid = (launch.parts(cells.size, 256),)
+    launch.run("build_tree.cu", "gather_cells", x, grid, 256, x, values, order, cells, rows, rows, d, 1)
+    np.testing.assert_array_equal(cells[0, -1, :d], x[0, -2])
+
+    axes, projections = normal(1, 1, d, dtype="float32"), untouched(1, n)
+    grid = (launch.parts(n * 32, 256),)
+    launch.run("build_tree.cu", "project", x, grid, 256, x, None, order, axes, projections, rows, rows, number(1), d)
+    np.testing.assert_allclose(projections[0, -3:], x[0, [-1, -3, -2]] @ axes[0], rtol=1e-5)
+
+    summary = untouched(n // 2, 2 * d + 1)
+    grid = (launch.parts(n // 2 * (d + 1), 256),)
+    launch.run("build_tree.cu", "summarise", x, grid, 256, cells, None, summary, number(n // 2), 2, d + 1, d, 1)
+    last = cells[0, n // 2 * 2 - 2 : n // 2 * 2, :d]
+    np.testing.assert_allclose(summary[-1, :d], last.mean(0), rtol=1e-5, atol=1e-7)
 
 
 def test_errors_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
