@@ -1,5 +1,6 @@
 """The emulation catches what it is there for: planted mistakes, each in one of the two orders of threads."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -61,9 +62,10 @@ template <class T> __global__ void meet(const T* x, T* out) {
 }
 """
 X = np.arange(64.0)
+RACES = ("-DEMULATE_THREADS", "-fsanitize=thread", "-g")
 
 
-def run(kernel: str, size: int, down: bool, **defines: str) -> np.ndarray:
+def run(kernel: str, size: int, down: bool, *more: str, **defines: str) -> np.ndarray:
     chosen = {
         "BARRIER": "__syncthreads()",
         "FIRST": "16",
@@ -72,7 +74,7 @@ def run(kernel: str, size: int, down: bool, **defines: str) -> np.ndarray:
         "SWAP": "0",
         **defines,
     }
-    flags = tuple(f"-D{name}={value}" for name, value in chosen.items())
+    flags = tuple(f"-D{name}={value}" for name, value in chosen.items()) + more
     out = np.full(size, np.nan)
     call(getattr(build(SOURCE, (f"{kernel}<double>",), flags), f"{kernel}_double_"), (1,), (64,), (X, out), down)
     return out
@@ -119,3 +121,20 @@ def test_a_barrier_that_some_never_reach_ends_the_program() -> None:
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "deadlock" in done.stderr
+
+
+@pytest.mark.parametrize("barrier", ["__syncthreads()", ""])
+def test_threads_of_the_system_under_thread_sanitizer(barrier: str) -> None:
+    """It reports the missing barrier, and nothing where there is one."""
+    found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
+    library = found.stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("g++ has no libtsan")
+    script = f"import test_emulation as t; t.run('reverse', 64, False, *t.RACES, BARRIER={barrier!r})"
+    environment = {**os.environ, "LD_PRELOAD": library, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if barrier else 66), done.stderr
+    assert ("data race" in done.stderr) == (not barrier)
