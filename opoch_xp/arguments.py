@@ -7,7 +7,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from opoch_xp.backends import kernels_for, library
-from opoch_xp.problem import Problem
+from opoch_xp.problem import Problem, sum_dtype
 
 Array = Any
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -161,7 +161,7 @@ def prepare(
     v3 = xp.reshape(xp.astype(v, stored, copy=False), (key_heads, *v.shape[-2:]))
     mask = None
     if not on_host(xp, q) or not _sum_is_finite(xp, q3):
-        wide = xp.astype(q3, xp.float64 if q3.dtype == xp.float64 else xp.float32, copy=False)
+        wide = xp.astype(q3, sum_dtype(xp, q3.dtype), copy=False)
         wide = xp.where(xp.isfinite(wide), wide, xp.nan)  # logits of -inf would pass for keys that are not seen
         q3 = xp.astype(wide, q3.dtype, copy=False)
     if key_mask is not None and key_heads:

@@ -6,6 +6,11 @@ from typing import Any
 Array = Any
 
 
+def sum_dtype(xp: Any, dtype: Any) -> Any:
+    """What numbers of `dtype` are summed in: float64 for float64, else float32; the dtype of out and lse."""
+    return xp.float64 if dtype == xp.float64 else xp.float32
+
+
 @dataclass(frozen=True)
 class Problem:
     """Queries, keys and values in a dtype the kernels accept, heads in one batch axis; `dtype` is what is summed in.
@@ -26,8 +31,8 @@ class Problem:
 
     @property
     def dtype(self) -> Any:
-        """float32, or float64 for float64: of out and lse."""
-        return self.xp.float64 if self.q.dtype == self.xp.float64 else self.xp.float32
+        """Of out and lse: see `sum_dtype`."""
+        return sum_dtype(self.xp, self.q.dtype)
 
     def widened(self) -> "Problem":
         """The same with q, k and v in `dtype`."""

@@ -16,6 +16,7 @@ from opoch_xp.backends.cupy import launch
 HERE = Path(__file__).parent
 SHARED = 232448  # as in emulate.h
 ARCHITECTURE = 90
+RACES = ("-DEMULATE_THREADS", "-fsanitize=thread", "-g")  # threads of the system, watched
 
 
 def identifier(name: str) -> str:
@@ -46,7 +47,7 @@ class Emulator:
 
     def __init__(self, descending: bool = False, threads: bool = False, last_block: bool = False) -> None:
         self.descending, self.last_block = descending, last_block
-        self.flags = ("-DEMULATE_THREADS", "-fsanitize=thread", "-g") if threads else ()
+        self.flags = RACES if threads else ()
         self.launched: set[str] = set()
 
     def function(self, file: str, name: str, where: int) -> Callable[..., None]:

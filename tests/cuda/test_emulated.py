@@ -31,6 +31,15 @@ RACES = os.environ.get("OPOCH_EMULATE") == "threads"
 LAUNCHED: set[str] = set()
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
 smallest = pytest.mark.smallest
+each_method = pytest.mark.parametrize(
+    "method",
+    [
+        ox.Exact(),
+        ox.LSH(bits=4, tables=3),
+        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
+    ],
+    ids=lambda method: type(method).__name__,
+)
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["ascending", "descending"])
@@ -323,15 +332,7 @@ def test_bucket_attention(
 
 
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
-@pytest.mark.parametrize(
-    "method",
-    [
-        ox.Exact(),
-        ox.LSH(bits=4, tables=3),
-        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
-    ],
-    ids=lambda method: type(method).__name__,
-)
+@each_method
 def test_whole_calls(method: Any, whole_plugin: None) -> None:
     """attention through all of the plugin's kernels errs as much as through the generic ones."""
     q, k, v = workloads.make("scattered", 300, heads=2, dim=16)
@@ -343,15 +344,7 @@ def test_whole_calls(method: Any, whole_plugin: None) -> None:
 
 
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
-@pytest.mark.parametrize(
-    "method",
-    [
-        ox.Exact(),
-        ox.LSH(bits=4, tables=3),
-        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
-    ],
-    ids=lambda method: type(method).__name__,
-)
+@each_method
 def test_whole_calls_in_16_bits(method: Any, whole_plugin: None, emulated: Emulator) -> None:
     """float16 in, float16 out, judged by an audit that is exact in float32."""
     q, k, v = (x.astype(np.float16) for x in workloads.make("scattered", 200, heads=2, dim=16))

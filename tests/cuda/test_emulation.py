@@ -62,7 +62,6 @@ template <class T> __global__ void meet(const T* x, T* out) {
 }
 """
 X = np.arange(64.0)
-RACES = ("-DEMULATE_THREADS", "-fsanitize=thread", "-g")
 
 
 def run(kernel: str, size: int, down: bool, *more: str, **defines: str) -> np.ndarray:

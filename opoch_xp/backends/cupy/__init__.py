@@ -41,7 +41,7 @@ def unavailable() -> str:
 
 
 def synchronize(*arrays: Any) -> None:
-    """Wait until the current stream of each array's device has computed it."""
+    """Wait until the device of each array has computed it."""
     for device in {array.device for array in arrays}:
         with device:
             device.synchronize()

@@ -18,6 +18,7 @@ from opoch_xp.backends.cupy.launch import (
     tile_bytes,
     widened,
 )
+from opoch_xp.problem import sum_dtype
 
 Array = Any
 FILE = "exact_attention.cu"
@@ -42,7 +43,7 @@ def exact_attention(
     if not tensor_cores(q, dim, width):
         q, k, v = widened(q, k, v)
     q, k, v, mask = contiguous(q, k, v, mask)
-    kind = xp.float64 if q.dtype == xp.float64 else xp.float32
+    kind = sum_dtype(xp, q.dtype)
     last = None if positions is None or not causal else xp.asarray(np.asarray(positions, dtype=np.int64))
     out, lse = xp.empty((batch, repeat, n_q, width), dtype=kind), xp.empty((batch, repeat, n_q), dtype=kind)
     columns = columns_for(width, q.dtype)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from opoch_xp.problem import sum_dtype
+
 Array = Any
 Function = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...], int], None]  # grid, block, arguments, bytes
 
@@ -114,7 +116,7 @@ def run(
             f"head size {like.shape[-1]} in {like.dtype} needs {shared:,} bytes of shared memory a block,"
             f" the device has {shared_limit(where):,}; take a smaller head size or dtype, or backend='generic'"
         )
-    real = np.float64 if like.dtype.name == "float64" else np.float32
+    real = sum_dtype(np, like.dtype)
     given = tuple(
         np.uint64(0) if a is None else real(a) if isinstance(a, float) else np.int32(a) if isinstance(a, int) else a
         for a in arguments

@@ -28,12 +28,16 @@ __device__ __forceinline__ u64 ordered(double x) {
 }
 __device__ __forceinline__ u64 ordered(float x) { return ordered((double)x); }
 
-// Sum, and maximum, over `lanes` neighbouring lanes, a power of two; every lane gets it.
+// Sum, maximum and minimum over `lanes` neighbouring lanes, a power of two; every lane gets it.
 template <class T> __device__ __forceinline__ T sum_over(T x, int lanes) {
   for (int step = lanes / 2; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);
   return x;
 }
 template <class T> __device__ __forceinline__ T max_over(T x, int lanes) {
   for (int step = lanes / 2; step; step /= 2) x = larger(x, __shfl_xor_sync(ALL, x, step));
+  return x;
+}
+template <class T> __device__ __forceinline__ T min_over(T x, int lanes) {
+  for (int step = lanes / 2; step; step /= 2) x = smaller(x, __shfl_xor_sync(ALL, x, step));
   return x;
 }

@@ -193,7 +193,7 @@ def _attend(
         given = None if lists is None else xp.ascontiguousarray(lists.opened[number])
         run(
             ATTEND, "node_masses", q, (groups, parts(high - low, KEYS), parts(g, QUERIES)), TILE_THREADS,
-            q, index, first, count, forest.rows, forest.logs, before, amount_before, far, mass, np.int64(groups), g,
+            q, index, first, count, forest.rows, forest.logs, before, amount_before, far, mass, g,
             whole, stride, low, nodes, children, np.int64(offset), dim, width, scale,
             shared=8 * (QUERIES + 2 * KEYS) + (KEYS + dim * QUERIES + SLAB * (KEYS + 1)) * q.dtype.itemsize,
         )  # fmt: skip

@@ -11,9 +11,9 @@
 // (the mass of a cell).
 //
 // Letters: F groups of g queries, W candidates of all levels side by side, of which a level has the columns from `column`
-// on; C opened nodes at most. S, what queries and cells are stored in; T, what
-// everything else is: float32 for 16 bits. index (F, g): flat rows of the queries, -1 is padding; first, count (F,): each group's run of
-// chunks; nodes: of a chunk, at this level. rows (R, 2 d + e): summaries of all levels; logs (R,): ln of their keys.
+// on; C opened nodes at most. S, what queries and cells are stored in; T, what everything else is: float32 for 16 bits.
+// index (F, g): flat rows of the queries, -1 is padding; first, count (F,): each group's run of chunks; nodes: of a chunk,
+// at this level. rows (R, 2 d + e): summaries of all levels; logs (R,): ln of their keys.
 // far (F, W): rows of `rows` that stand in for their keys, -1 for none; mass (F, g, W); opened (F, C): nodes numbered from
 // the first chunk of the run; amount (F,): how many.
 
@@ -25,17 +25,22 @@ __device__ __forceinline__ i64 candidates(const i64* opened, const int* amount, 
   return opened ? (i64)amount[group] * children : count[group] * nodes;
 }
 
+// Number of candidate j from the first chunk of the run on; C numbers a row of `opened`.
+__device__ __forceinline__ i64 candidate(const i64* opened, i64 group, int C, int children, i64 j) {
+  return opened ? opened[group * C + j / children] * children + j % children : j;
+}
+
 // ln of the sum of exp(logit) over the keys of a node: dot the logit of their mean, sigma2 its variance, log = ln n.
 template <class T> __device__ __forceinline__ T log_mass(T dot, T sigma2, T log) {
   const bool liquid = sigma2 <= 2 * log || log == 0;
   return dot + (liquid ? log + sigma2 / 2 : root(2 * log * sigma2));
 }
 
-// far and mass of one level. Grid: tiles of candidates, tiles of queries, groups in y and z.
+// far and mass of one level. Grid: groups, tiles of candidates, tiles of queries.
 template <class T>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     node_masses(const T* queries, const i64* index, const i64* first, const i64* count, const T* rows, const T* logs,
-                const i64* opened, const int* amount, i64* far, T* mass, i64 groups, int g, int W, int C, int column,
+                const i64* opened, const int* amount, i64* far, T* mass, int g, int W, int C, int column,
                 int nodes, int children, i64 offset, int dim, int width, T scale) {
   extern __shared__ __align__(16) char shared[];
   const i64 group = blockIdx.x;
@@ -56,8 +61,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     const i64 j = low + threadIdx.x;
     i64 node = -1;
     if (j < there) {
-      const i64 number = opened ? opened[group * C + j / children] * children + j % children : j;
-      node = offset + first[group] * nodes + number;
+      node = offset + first[group] * nodes + candidate(opened, group, C, children, j);
       if (high == 0) far[group * W + column + j] = node;
     }
     mean[threadIdx.x] = node < 0 ? nullptr : rows + node * (2 * dim + width);
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(PICKERS, 2)
   }
   __syncthreads();
   for (int j = threadIdx.x; j < there; j += PICKERS) {
-    const i64 number = before ? before[group * C_before + j / children] * children + j % children : j;
+    const i64 number = candidate(before, group, C_before, children, j);
     int place = -1;
     if (given) {
       for (int i = 0; i < picks; i++)
@@ -149,19 +153,16 @@ __global__ void own_cells(T* mass, const i64* far, const i64* count, const i64* 
     int place = there;
     for (int j = lane; j < there; j += LANES) {
       if (far[j] < 0) continue;
-      const i64 number = before ? before[group * C_before + j / children] * children + j % children : j;
+      const i64 number = candidate(before, group, C_before, children, j);
       const bool wanted = !given || given[query * width + o] == number;
       if (wanted && mass[j] > best) best = mass[j], place = j;
     }
     const T most = max_over(best, LANES);
-    const int mine = best == most && most > -infinity<T>() ? place : there;
-    int winner = mine;
-    for (int step = LANES / 2; step; step /= 2) winner = smaller(winner, __shfl_xor_sync(ALL, winner, step));
-    i64 number = -1;
-    if (winner < there) number = before ? before[group * C_before + winner / children] * children + winner % children : winner;
+    const int mine = best == most && most > -infinity<T>() ? place : there;  // ties to the lower place
+    const int winner = min_over(mine, LANES);
     __syncwarp();
     if (lane == 0) {
-      own[query * width + o] = number;
+      own[query * width + o] = winner < there ? candidate(before, group, C_before, children, winner) : -1;
       if (winner < there) mass[winner] = -infinity<T>();
     }
     __syncwarp();
@@ -233,7 +234,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 2 : 4)
         const i64 key = key_of(i, c);
         T dot = key < 0 ? -infinity<T>() : (T)0;
         if (key >= 0) {
-          for (int b = lane; b < dim; b += LANES) dot += tile.products.query(i, b, scale) * to_number(cells[key * (dim + width) + b]);
+          for (int b = lane; b < dim; b += LANES)
+            dot += tile.products.query(i, b, scale) * to_number(cells[key * (dim + width) + b]);
           dot = sum_over(dot, LANES);
         }
         if (lane == 0) tile.weight[i * PITCH + c] = dot;
