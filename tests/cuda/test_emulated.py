@@ -21,7 +21,7 @@ import opoch_xp as ox
 from opoch_xp import backends, workloads
 from opoch_xp.backends import cupy as plugin
 from opoch_xp.backends import generic, kernels_for
-from opoch_xp.backends.cupy import launch
+from opoch_xp.backends.cupy import launch, split
 from opoch_xp.backends.cupy.launch import INSTANCES, instances
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.forest import directions
@@ -290,12 +290,21 @@ def test_the_splits_are_median_splits_by_the_principal_axis() -> None:
     np.testing.assert_array_equal(np.sort(ours, axis=2), np.sort(theirs, axis=2))
 
 
+@pytest.mark.parametrize("rows", [8, 2048], ids=["level by level", "one block"])
+def test_ties_are_split_by_position(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identical keys, zeros of both signs among them, stay in order: nodes of a block, of a warp, and of the device."""
+    monkeypatch.setattr(split, "SPLIT_ROWS", rows)
+    x = np.zeros((2, 64, 3))
+    x[0, ::3] = -0.0
+    x[1] = 1.5
+    order = split.principal_order(x, directions(0, 0, 0, 5, 3), 2, None)
+    np.testing.assert_array_equal(order, np.arange(64)[None].repeat(2, 0))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_large_nodes_are_split_level_by_level(monkeypatch: pytest.MonkeyPatch, masked: bool, dtype: str) -> None:
     """The same order whether a block finishes a node or the whole device halves it."""
-    from opoch_xp.backends.cupy import split
-
     x, axes = normal(0, 2, 96, 33).astype(dtype), directions(0, 0, 0, 4, 33)
     kept = np.random.default_rng(1).random((2, 96)) < 0.5 if masked else None
     whole = split.principal_order(x, axes, 3, kept)
