@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from opoch_xp.backends import installed as backends
     from opoch_xp.explain import explain
     from opoch_xp.hashing import hash_codes, random_hyperplanes
+    from opoch_xp.index import LSHIndex
     from opoch_xp.methods import LSH, Exact, Treecode
+    from opoch_xp.suggest import suggest
     from opoch_xp.tune import tune
 
 __version__ = "0.1.0"
@@ -21,6 +23,7 @@ __all__ = [
     "Attention",
     "Audit",
     "Exact",
+    "LSHIndex",
     "Report",
     "Treecode",
     "attend",
@@ -30,6 +33,7 @@ __all__ = [
     "explain",
     "hash_codes",
     "random_hyperplanes",
+    "suggest",
     "tune",
 ]
 
@@ -45,8 +49,10 @@ _HOME = {
     "hash_codes": "hashing",
     "random_hyperplanes": "hashing",
     "LSH": "methods",
+    "LSHIndex": "index",
     "Exact": "methods",
     "Treecode": "methods",
+    "suggest": "suggest",
     "tune": "tune",
 }
 

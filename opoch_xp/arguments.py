@@ -38,6 +38,13 @@ def on_host(xp: Any, array: Array) -> bool:
     return library(xp) in HOST_LIBRARIES or (library(xp) == "torch" and array.device.type == "cpu")
 
 
+def to_host(array: Array) -> np.ndarray:
+    """The array in NumPy, copied from its device where it has one of its own."""
+    if hasattr(array, "detach"):  # PyTorch's
+        array = array.detach().cpu()
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
 def _names(arrays: dict[str, Array]) -> str:
     names = list(arrays)
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

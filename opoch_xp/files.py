@@ -4,20 +4,19 @@ Nothing in a file is trusted: no pickles, and every size is checked against the 
 taken. Errors name the file and what was expected.
 """
 
-import json
 import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from opoch_xp import tensors
+
 NAMES = ("q", "k", "v")
 SUFFIXES = (".npz", ".safetensors")
-HEADER_LIMIT = 100_000_000  # bytes of a safetensors header: the limit of the format's own library
-# https://github.com/huggingface/safetensors#format; bfloat16 is read as its bits and widened to float32
-SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FLOATS = ("F16", "BF16", "F32", "F64")  # of .safetensors; bfloat16 is widened to float32
 
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -100,37 +99,11 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"{path}: damaged or truncated, or no .safetensors file (header of {length:,} bytes)")
-        try:
-            header = json.loads(file.read(length))
-            held = [name for name in header if name != "__metadata__"]
-            _check_names(path, held)
-            entries = {name: _entry(path, name, header[name], size - 8 - length) for name in NAMES}
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: the header is not that of a .safetensors file ({error})") from None
-        return {name: _read_tensor(file, 8 + length, *entries[name]) for name in NAMES}
+        header = tensors.read_header(path, file)
+        _check_names(path, header.names)
+        entries = {name: header.entry(name, FLOATS) for name in NAMES}
+        return {name: _widened(tensors.read(file, entry), entry.dtype) for name, entry in entries.items()}
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any], data_bytes: int) -> tuple[str, tuple[int, ...], int]:
-    """(dtype, shape, offset) of one tensor, checked against the bytes of data that the file has."""
-    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in SAFETENSORS_DTYPES:
-        raise ValueError(f"{path}: {name} must be F16, BF16, F32 or F64, got {dtype}")
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{path}: {name} has shape {shape} and offsets [{begin}, {end}]: expected whole numbers")
-    expected = math.prod(shape) * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize
-    if end - begin != expected or end > data_bytes:
-        held = max(0, min(end, data_bytes) - begin)
-        raise ValueError(f"{path}: {name} of shape {shape} needs {expected:,} bytes, the file holds {held:,}")
-    return dtype, shape, begin
-
-
-def _read_tensor(file: BinaryIO, start: int, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
-    file.seek(start + offset)
-    bits = np.fromfile(file, SAFETENSORS_DTYPES[dtype], math.prod(shape)).reshape(shape)
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return _native(bits)
+def _widened(array: np.ndarray, dtype: str) -> np.ndarray:
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else _native(array)

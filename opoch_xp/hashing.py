@@ -6,6 +6,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from opoch_xp.backends import kernels_for
+from opoch_xp.methods import check_whole
 
 Array = Any
 
@@ -24,16 +25,10 @@ def random_hyperplanes(dim: int, bits: int = 16, tables: int = 4, seed: int = 0)
     >>> random_hyperplanes(64, bits=12, tables=8).shape
     (8, 12, 64)
     """
-    for name, value, low, high in (
-        ("dim", dim, 1, None),
-        ("bits", bits, 0, MOST_BITS),
-        ("tables", tables, 1, None),
-        ("seed", seed, 0, None),
-    ):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
+    check_whole("dim", dim, 1)
+    check_whole("bits", bits, 0, MOST_BITS)
+    check_whole("tables", tables, 1)
+    check_whole("seed", seed, 0)
     return np.random.default_rng(seed).standard_normal((tables, bits, dim)).astype(np.float32)
 
 

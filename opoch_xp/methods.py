@@ -1,11 +1,14 @@
 """Methods: frozen dataclasses that say how attention is computed. Values: print, hash, compare, put in a table."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 
-def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
+def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
+    """ValueError, in the caller's words, unless the value is a whole number within its bounds."""
     bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < low or (high is not None and int(value) > high):  # type: ignore[call-overload]
         raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
 
 
@@ -43,12 +46,12 @@ class LSH:
     center: bool = True
 
     def __post_init__(self) -> None:
-        _whole("bits", self.bits, 0, 62)
-        _whole("tables", self.tables, 1)
-        _whole("window", self.window, 0)
-        _whole("seed", self.seed, 0)
+        check_whole("bits", self.bits, 0, 62)
+        check_whole("tables", self.tables, 1)
+        check_whole("window", self.window, 0)
+        check_whole("seed", self.seed, 0)
         if self.max_bucket is not None:
-            _whole("max_bucket", self.max_bucket, 1)
+            check_whole("max_bucket", self.max_bucket, 1)
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class Treecode:
 
     def __post_init__(self) -> None:
         for name in ("block", "leaf", "top", "group", "open"):
-            _whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         for name in ("fan", "branch"):
-            _whole(name, getattr(self, name), 2)
+            check_whole(name, getattr(self, name), 2)
         for name in ("near", "own", "iterations", "seed"):
-            _whole(name, getattr(self, name), 0)
+            check_whole(name, getattr(self, name), 0)
         if self.block % self.leaf or not _power_of_two(self.block // self.leaf):
             raise ValueError(f"block / leaf must be a power of two, got block={self.block} and leaf={self.leaf}")
         for name in ("fan", "branch"):

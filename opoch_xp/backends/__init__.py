@@ -24,6 +24,9 @@ KERNELS = (
     "query_groups",
     "tree_attention",
     "merge_part",
+    "sort_tables",
+    "find_candidates",
+    "search_buckets",
     "synchronize",
 )
 CONSTANTS = ("ACCEPTS", "COST")

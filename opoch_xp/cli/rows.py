@@ -79,11 +79,6 @@ def arrays_of(backend: str, *arrays: np.ndarray) -> tuple[Array, ...]:
     return tuple(xp.asarray(array) for array in arrays)
 
 
-def host(array: Array) -> np.ndarray:
-    """The array in NumPy."""
-    return np.asarray(array.get() if hasattr(array, "get") else array)
-
-
 def check(given: Input) -> None:
     """Every check of the library on the arrays, before anything is computed."""
     prepare(given.q, given.k, given.v, causal=given.causal, backend=given.backend)

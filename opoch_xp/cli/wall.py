@@ -10,6 +10,7 @@ import numpy as np
 
 import opoch_xp
 from opoch_xp import workloads
+from opoch_xp.arguments import to_host
 from opoch_xp.attention import attend
 from opoch_xp.backends.numpy import thread_count
 from opoch_xp.cli import tables
@@ -20,7 +21,6 @@ from opoch_xp.cli.rows import (
     arrays_of,
     check,
     error_notes,
-    host,
     kernels,
     materialised_row,
     measure_rows,
@@ -171,7 +171,7 @@ def _bits(plan: Plan, backend: str | None, begin: Begin) -> list[float]:
 
         def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, method: Method = method) -> np.ndarray:
             arrays = arrays_of(plan.setup.backend, q, k, v)
-            return host(attend(*arrays, causal=True, method=method, backend=backend, check=False).out)
+            return to_host(attend(*arrays, causal=True, method=method, backend=backend, check=False).out)
 
         logits, _ = byte_model.forward(weights, tokens, attention)
         found.append(byte_model.bits_per_byte(logits, tokens, max(1, plan.tokens // 2)))

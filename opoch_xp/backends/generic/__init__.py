@@ -5,6 +5,7 @@ from typing import Any
 from opoch_xp.backends.generic.buckets import bucket_attention
 from opoch_xp.backends.generic.exact import exact_attention, merge_part
 from opoch_xp.backends.generic.hashing import hash_codes
+from opoch_xp.backends.generic.search import find_candidates, search_buckets, sort_tables
 from opoch_xp.backends.generic.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
 
@@ -14,9 +15,12 @@ __all__ = [
     "bucket_attention",
     "build_tree",
     "exact_attention",
+    "find_candidates",
     "hash_codes",
     "merge_part",
     "query_groups",
+    "search_buckets",
+    "sort_tables",
     "synchronize",
     "tree_attention",
 ]

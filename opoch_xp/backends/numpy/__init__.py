@@ -9,6 +9,7 @@ from opoch_xp.backends.numpy.buckets import bucket_attention
 from opoch_xp.backends.numpy.exact import exact_attention, merge_part
 from opoch_xp.backends.numpy.hashing import hash_codes
 from opoch_xp.backends.numpy.pool import thread_count, threads
+from opoch_xp.backends.numpy.search import find_candidates, search_buckets, sort_tables
 from opoch_xp.backends.numpy.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
 
@@ -17,9 +18,12 @@ __all__ = [
     "bucket_attention",
     "build_tree",
     "exact_attention",
+    "find_candidates",
     "hash_codes",
     "merge_part",
     "query_groups",
+    "search_buckets",
+    "sort_tables",
     "synchronize",
     "thread_count",
     "threads",

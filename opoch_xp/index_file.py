@@ -1,0 +1,129 @@
+"""Files of an index: .safetensors with the arrays x, ids, codes and order, settings and a checksum in the metadata.
+
+The checksum is CRC-32 of the header, its own digits as zeros, and of all that follows it. Nothing is trusted: kinds and
+sizes are checked before memory is taken, contents before they are used.
+"""
+
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from opoch_xp import tensors
+
+FORMAT = "opoch_xp.LSHIndex"
+VERSION = 1
+SUFFIX = ".safetensors"
+CHUNK = 1 << 22  # bytes read at once for the checksum
+CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{8})"')
+KINDS = {"x": ("F32", "F64"), "ids": ("I64",), "codes": ("U16", "U32", "I64"), "order": ("I32", "I64")}
+SETTINGS = ("dim", "bits", "tables", "probes", "metric", "seed", "max_candidates")
+
+
+def write(path: Path, settings: dict[str, Any], next_id: int, arrays: dict[str, np.ndarray]) -> None:
+    """Write an index, whole or not at all."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path}: expected a name ending in {SUFFIX}, got {path.suffix or 'no ending'!r}")
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "settings": json.dumps({**settings, "next_id": next_id}),
+        "checksum": "0" * 8,
+    }
+    header = tensors.header_of(arrays, metadata)
+    total = zlib.crc32(header)
+    for array in arrays.values():
+        total = zlib.crc32(tensors.bytes_of(array), total)
+    tensors.write(path, header.replace(b'"checksum":"00000000"', b'"checksum":"%08x"' % total), arrays)
+
+
+def read(path: Path, mmap: bool) -> tuple[dict[str, Any], int, dict[str, np.ndarray]]:
+    """(settings, next_id, arrays) of an index, checked; ValueError where anything does not fit."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        header = tensors.read_header(path, file)
+        settings, next_id = _settings(path, header)
+        missing = [name for name in KINDS if name not in header.names]
+        if missing:
+            raise ValueError(f"{path}: no index: {', '.join(missing)} missing")
+        entries = {name: header.entry(name, kinds) for name, kinds in KINDS.items()}
+        _check_shapes(path, settings, entries)
+        _check_sum(path, header, file)
+        arrays = {n: tensors.mapped(path, e) if mmap else tensors.read(file, e) for n, e in entries.items()}
+    _check_contents(path, settings, next_id, arrays)
+    return settings, next_id, arrays
+
+
+def _settings(path: Path, header: tensors.Header) -> tuple[dict[str, Any], int]:
+    if header.metadata("format") != FORMAT:
+        raise ValueError(f"{path}: no index: its format is {header.metadata('format')!r}, expected {FORMAT!r}")
+    version = header.metadata("version")
+    if version != str(VERSION):
+        raise ValueError(f"{path}: written in version {version} of the format; this opoch_xp reads version {VERSION}")
+    try:
+        settings = json.loads(header.metadata("settings") or "")
+        next_id = settings.pop("next_id")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ValueError(f"{path}: damaged: its settings cannot be read") from None
+    if sorted(settings) != sorted(SETTINGS) or not isinstance(next_id, int):
+        raise ValueError(f"{path}: damaged: its settings are {', '.join(sorted(settings))}")
+    return settings, next_id
+
+
+def _check_shapes(path: Path, settings: dict[str, Any], entries: dict[str, tensors.Entry]) -> None:
+    """Sizes that fit the settings and one another: making an index of the settings costs what the file holds."""
+    n = entries["ids"].shape[0] if len(entries["ids"].shape) == 1 else -1
+    dim, bits, tables = (settings[name] for name in ("dim", "bits", "tables"))
+    expected = {"x": (n, dim), "ids": (n,), "codes": (tables, n), "order": (tables, n)}
+    for name, shape in expected.items():
+        if entries[name].shape != shape:
+            raise ValueError(f"{path}: {name} has shape {entries[name].shape}, expected {shape}")
+    held = sum(entry.bytes for entry in entries.values())
+    try:
+        planes = 4 * dim * bits * tables
+    except TypeError:
+        planes = -1
+    if not 0 <= planes <= max(PLANES, 64 * held):
+        raise ValueError(f"{path}: {tables} tables of {bits} bits of {dim} numbers do not fit {held:,} bytes of index")
+
+
+PLANES = 1 << 30  # bytes of hyperplanes that a small index may have
+
+
+def _check_sum(path: Path, header: tensors.Header, file: BinaryIO) -> None:
+    found = CHECKSUM.findall(header.raw)
+    if len(found) != 1:
+        raise ValueError(f"{path}: damaged: no checksum")
+    total = zlib.crc32(CHECKSUM.sub(b'"checksum":"00000000"', header.raw))
+    file.seek(tensors.LENGTH + len(header.raw))
+    while part := file.read(CHUNK):
+        total = zlib.crc32(part, total)
+    if b"%08x" % total != found[0]:
+        raise ValueError(f"{path}: damaged: the checksum is {found[0].decode()}, the contents give {total:08x}")
+
+
+def _check_contents(path: Path, settings: dict[str, Any], next_id: int, arrays: dict[str, np.ndarray]) -> None:
+    """What a checksum cannot tell: contents that were written wrong."""
+    codes, order, ids, x = (arrays[name] for name in ("codes", "order", "ids", "x"))
+    n, most = len(ids), 2 ** settings["bits"] - 1
+    for table in range(settings["tables"]):
+        there = np.zeros(n, bool)
+        numbers = order[table]
+        if n and not 0 <= int(numbers.min()) <= int(numbers.max()) < n:
+            raise ValueError(f"{path}: order of table {table} names vectors that are not there")
+        there[numbers] = True
+        if not there.all():
+            raise ValueError(f"{path}: order of table {table} lacks vectors")
+        table_codes = codes[table]
+        if n and not (
+            int(table_codes[0]) >= 0 and int(table_codes[-1]) <= most and (table_codes[1:] >= table_codes[:-1]).all()
+        ):
+            raise ValueError(f"{path}: codes of table {table} do not ascend from 0 to {most}")
+    if n and (int(ids.min()) < 0 or int(ids.max()) >= next_id or len(np.unique(ids)) < n):
+        raise ValueError(f"{path}: ids must differ and be from 0 to {next_id - 1}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: x must be finite")

@@ -1,0 +1,141 @@
+"""The .safetensors format: arrays behind a JSON header, read without trust and written whole or not at all.
+
+8 bytes little-endian, the length of the header; the header, {name: {dtype, shape, data_offsets}, "__metadata__": {text:
+text}}; the data. Source: https://github.com/huggingface/safetensors#format. Every size is checked against the bytes
+that are there before memory is taken.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+HEADER_LIMIT = 100_000_000  # bytes of a header: the limit of the format's own library
+ALIGN = 64  # bytes: where data begins in files written here, so that mapped rows lie on cache lines
+LENGTH = 8  # bytes of the number before the header
+# bfloat16 is read as its bits
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "U32": "<u4", "U16": "<u2",
+}  # fmt: skip
+NAMES = {np.dtype(kind): name for name, kind in DTYPES.items() if name != "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array of a file: its dtype's name, its shape, and the byte of the file at which it begins."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def kind(self) -> np.dtype:
+        return np.dtype(DTYPES[self.dtype])
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.kind.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says that it holds; `raw` is the header as it stands in the file, `size` the file's bytes."""
+
+    path: Path
+    held: dict[str, Any]
+    raw: bytes
+    size: int
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.held if name != "__metadata__"]
+
+    def metadata(self, key: str) -> str | None:
+        """A text of the metadata; None where there is none of this name."""
+        metadata = self.held.get("__metadata__")
+        text = metadata.get(key) if isinstance(metadata, dict) else None
+        return text if isinstance(text, str) else None
+
+    def entry(self, name: str, dtypes: tuple[str, ...]) -> Entry:
+        """One array's entry, checked against the bytes of the file; ValueError when it lies."""
+        path, first = self.path, LENGTH + len(self.raw)
+        try:
+            given = self.held[name]
+            dtype, shape, (begin, end) = given["dtype"], tuple(given["shape"]), given["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: the header is not that of a .safetensors file ({error})") from None
+        if dtype not in dtypes:
+            raise ValueError(f"{path}: {name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {dtype}")
+        whole = (isinstance(number, int) and not isinstance(number, bool) for number in (*shape, begin, end))
+        if not all(whole) or min((*shape, begin, end)) < 0:
+            raise ValueError(f"{path}: {name} has shape {shape} and offsets [{begin}, {end}]: expected whole numbers")
+        entry = Entry(dtype, shape, first + begin)
+        if end - begin != entry.bytes or first + end > self.size:
+            there = max(0, min(end, self.size - first) - begin)
+            raise ValueError(f"{path}: {name} of shape {shape} needs {entry.bytes:,} bytes, the file holds {there:,}")
+        return entry
+
+
+def read_header(path: Path, file: BinaryIO) -> Header:
+    """The header of an open file; ValueError for a file of another kind, damaged or truncated."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(LENGTH), "little")
+    if size < LENGTH or length > min(size - LENGTH, HEADER_LIMIT):
+        raise ValueError(f"{path}: damaged or truncated, or no .safetensors file (header of {length:,} bytes)")
+    raw = file.read(length)
+    try:
+        held = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the header is not that of a .safetensors file ({error})") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: the header is not that of a .safetensors file (it holds no names)")
+    return Header(path, held, raw, size)
+
+
+def read(file: BinaryIO, entry: Entry) -> np.ndarray:
+    """The array of an entry, in memory, as it lies in the file."""
+    file.seek(entry.start)
+    return np.fromfile(file, entry.kind, math.prod(entry.shape)).reshape(entry.shape)
+
+
+def mapped(path: Path, entry: Entry) -> np.ndarray:
+    """The array of an entry, read-only, where it lies in the file."""
+    if entry.bytes == 0:  # which no system maps
+        return np.empty(entry.shape, entry.kind)
+    return np.memmap(path, entry.kind, "r", entry.start, entry.shape)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The array's numbers as they are written, without a copy where they lie in order."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def header_of(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """The header of a file of these arrays, one after another, filled up so that the data begin on ALIGN bytes."""
+    held: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        held[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(held, separators=(",", ":")).encode()
+    return text + b" " * (-(LENGTH + len(text)) % ALIGN)
+
+
+def write(path: Path, header: bytes, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file under a temporary name beside `path`, then rename it: it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(len(header).to_bytes(LENGTH, "little") + header)
+            for array in arrays.values():
+                file.write(bytes_of(array))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
