@@ -29,8 +29,8 @@ class Tables:
     """The vectors of an index in every table, sorted by code.
 
     codes (tables, n), ascending in each table; order (tables, n), the vector at each place, ties by position; both of
-    an integer dtype that the backend chose. offsets (tables, 2**bits + 1), where the run of each code begins and the last
-    ends, or None where that would be longer than the table. The vectors whose code in table t is c:
+    an integer dtype that the backend chose. offsets (tables, 2**bits + 1), where the run of each code begins and the
+    last ends, or None where that would be longer than the table. The vectors whose code in table t is c:
 
         order[t, codes[t] == c]
     """

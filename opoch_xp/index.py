@@ -12,13 +12,13 @@ from opoch_xp import index_file
 from opoch_xp.arguments import DTYPES, dtype_name, namespace_of, to_host
 from opoch_xp.backends import kernels_for, library
 from opoch_xp.buckets import Tables
-from opoch_xp.hashing import MOST_BITS, random_hyperplanes
+from opoch_xp.hashing import random_hyperplanes
+from opoch_xp.index_settings import Settings
 from opoch_xp.methods import check_whole
 from opoch_xp.probing import probe_codes
 from opoch_xp.suggest import Suggestion, tuned
 
 Array = Any
-METRICS = ("cosine", "inner", "euclidean")
 
 
 class Candidates(NamedTuple):
@@ -41,30 +41,6 @@ class InRange(NamedTuple):
     offsets: Array
     ids: Array
     scores: Array
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an index is made of, apart from its vectors."""
-
-    dim: int
-    bits: int = 16
-    tables: int = 8
-    probes: int = 1
-    metric: str = "cosine"
-    seed: int = 0
-    max_candidates: int | None = None
-
-    def __post_init__(self) -> None:
-        check_whole("dim", self.dim, 1)
-        check_whole("bits", self.bits, 0, MOST_BITS)
-        check_whole("tables", self.tables, 1)
-        check_whole("probes", self.probes, 1, 2**self.bits)
-        check_whole("seed", self.seed, 0)
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {self.metric!r}")
-        if self.max_candidates is not None:
-            check_whole("max_candidates", self.max_candidates, 1)
 
 
 @dataclass(frozen=True)
@@ -104,13 +80,14 @@ class LSHIndex:
     Two vectors at angle theta share a bucket of one table with probability `(1 - theta / pi) ** bits`; a candidate is a
     vector that shares one with the query in at least one of `tables`. With `probes` > 1 the query's next likeliest
     buckets of every table are read too. Hyperplanes go through the origin: subtract the mean of data that lie far
-    from it. `suggest` and `tune` choose the settings.
+    from it, which distances need as well: they are ranked by q . x - |x|**2 / 2 in the dtype given, and those found are
+    then computed by differences. `suggest` and `tune` choose the settings.
 
     dim: numbers a vector; bits 0 to 62; probes up to 2**bits; metric "cosine", "inner" (q . x) or "euclidean" (its
     score is -distance); max_candidates: most entries of buckets read a query, own buckets of all tables first, an entry
-    counted in every table that holds it; backend as in `attention`. The first vectors added fix the array library, device and
-    dtype (16 bits are widened to float32). Cosine keeps vectors at unit length; a zero vector stays zero: all its bits
-    are set and its scores are 0.
+    counted in every table that holds it; backend as in `attention`. The first vectors added fix the array library,
+    device and dtype (16 bits are widened to float32). Cosine keeps vectors at unit length; a zero vector stays zero:
+    all its bits are set and its scores are 0.
 
     Any number of threads may read while one writes: a reader sees the index before or after a change, never between;
     writers wait for one another. Nothing is changed by a call that raises.
@@ -387,7 +364,7 @@ class LSHIndex:
         tables = contents.tables
         arrays = {"x": contents.x, "ids": contents.ids, "codes": tables.codes, "order": tables.order}
         held = {name: to_host(array) for name, array in arrays.items()}
-        index_file.write(Path(path), asdict(self.settings), contents.next_id, held)
+        index_file.write(Path(path), self.settings, contents.next_id, held)
 
     @classmethod
     def load(
@@ -403,7 +380,7 @@ class LSHIndex:
         with sizes or contents that do not fit one another. Nothing is allocated for sizes that are not there.
         """
         settings, next_id, held = index_file.read(Path(path), mmap and like is None)
-        index = cls(**settings, backend=backend)
+        index = cls(**asdict(settings), backend=backend)
         x = held["x"] if like is None else held["x"][:0]
         xp, where = namespace_of(x=x if like is None else like), None if like is None else device(like)
         moved = {name: array if like is None else _moved(xp, array, where) for name, array in held.items()}
@@ -433,7 +410,8 @@ class LSHIndex:
                 )
             if str(device(x)) != str(device(held.x)):
                 raise ValueError(f"{name} must be on {device(held.x)}, as what the index holds, got {device(x)}")
-        squares = xp.vecdot(x, x)  # a row that is not finite has none that is
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = xp.vecdot(x, x)  # a row that is not finite has none that is
         if not bool(xp.all(xp.isfinite(squares))) and not bool(xp.all(xp.isfinite(x))):
             row = int(xp.argmin(xp.astype(xp.all(xp.isfinite(x), axis=1), xp.int8)))
             raise ValueError(f"{name} must be finite; row {row} is not")

@@ -7,30 +7,33 @@ sizes are checked before memory is taken, contents before they are used.
 import json
 import re
 import zlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from opoch_xp import tensors
+from opoch_xp.index_settings import Settings
+from opoch_xp.methods import check_whole
 
 FORMAT = "opoch_xp.LSHIndex"
 VERSION = 1
 SUFFIX = ".safetensors"
 CHUNK = 1 << 22  # bytes read at once for the checksum
+PLANES = 1 << 30  # bytes of hyperplanes that a small index may have
 CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{8})"')
 KINDS = {"x": ("F32", "F64"), "ids": ("I64",), "codes": ("U16", "U32", "I64"), "order": ("I32", "I64")}
-SETTINGS = ("dim", "bits", "tables", "probes", "metric", "seed", "max_candidates")
 
 
-def write(path: Path, settings: dict[str, Any], next_id: int, arrays: dict[str, np.ndarray]) -> None:
+def write(path: Path, settings: Settings, next_id: int, arrays: dict[str, np.ndarray]) -> None:
     """Write an index, whole or not at all."""
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: expected a name ending in {SUFFIX}, got {path.suffix or 'no ending'!r}")
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "settings": json.dumps({**settings, "next_id": next_id}),
+        "settings": json.dumps({**asdict(settings), "next_id": next_id}),
         "checksum": "0" * 8,
     }
     header = tensors.header_of(arrays, metadata)
@@ -40,7 +43,7 @@ def write(path: Path, settings: dict[str, Any], next_id: int, arrays: dict[str, 
     tensors.write(path, header.replace(b'"checksum":"00000000"', b'"checksum":"%08x"' % total), arrays)
 
 
-def read(path: Path, mmap: bool) -> tuple[dict[str, Any], int, dict[str, np.ndarray]]:
+def read(path: Path, mmap: bool) -> tuple[Settings, int, dict[str, np.ndarray]]:
     """(settings, next_id, arrays) of an index, checked; ValueError where anything does not fit."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -58,40 +61,32 @@ def read(path: Path, mmap: bool) -> tuple[dict[str, Any], int, dict[str, np.ndar
     return settings, next_id, arrays
 
 
-def _settings(path: Path, header: tensors.Header) -> tuple[dict[str, Any], int]:
+def _settings(path: Path, header: tensors.Header) -> tuple[Settings, int]:
     if header.metadata("format") != FORMAT:
         raise ValueError(f"{path}: no index: its format is {header.metadata('format')!r}, expected {FORMAT!r}")
     version = header.metadata("version")
     if version != str(VERSION):
         raise ValueError(f"{path}: written in version {version} of the format; this opoch_xp reads version {VERSION}")
     try:
-        settings = json.loads(header.metadata("settings") or "")
-        next_id = settings.pop("next_id")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise ValueError(f"{path}: damaged: its settings cannot be read") from None
-    if sorted(settings) != sorted(SETTINGS) or not isinstance(next_id, int):
-        raise ValueError(f"{path}: damaged: its settings are {', '.join(sorted(settings))}")
-    return settings, next_id
+        given = json.loads(header.metadata("settings") or "")
+        next_id = given.pop("next_id")
+        check_whole("next_id", next_id, 0)
+        return Settings(**given), next_id
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: its settings cannot be used ({error})") from None
 
 
-def _check_shapes(path: Path, settings: dict[str, Any], entries: dict[str, tensors.Entry]) -> None:
+def _check_shapes(path: Path, settings: Settings, entries: dict[str, tensors.Entry]) -> None:
     """Sizes that fit the settings and one another: making an index of the settings costs what the file holds."""
-    n = entries["ids"].shape[0] if len(entries["ids"].shape) == 1 else -1
-    dim, bits, tables = (settings[name] for name in ("dim", "bits", "tables"))
-    expected = {"x": (n, dim), "ids": (n,), "codes": (tables, n), "order": (tables, n)}
+    n = entries["ids"].shape[0] if entries["ids"].shape else 0
+    tables = settings.tables
+    expected = {"ids": (n,), "x": (n, settings.dim), "codes": (tables, n), "order": (tables, n)}
     for name, shape in expected.items():
         if entries[name].shape != shape:
             raise ValueError(f"{path}: {name} has shape {entries[name].shape}, expected {shape}")
-    held = sum(entry.bytes for entry in entries.values())
-    try:
-        planes = 4 * dim * bits * tables
-    except TypeError:
-        planes = -1
-    if not 0 <= planes <= max(PLANES, 64 * held):
-        raise ValueError(f"{path}: {tables} tables of {bits} bits of {dim} numbers do not fit {held:,} bytes of index")
-
-
-PLANES = 1 << 30  # bytes of hyperplanes that a small index may have
+    held, planes = sum(entry.bytes for entry in entries.values()), 4 * settings.dim * settings.bits * tables
+    if planes > max(PLANES, held):
+        raise ValueError(f"{path}: {settings} needs {planes:,} bytes of hyperplanes for {held:,} bytes of index")
 
 
 def _check_sum(path: Path, header: tensors.Header, file: BinaryIO) -> None:
@@ -106,11 +101,11 @@ def _check_sum(path: Path, header: tensors.Header, file: BinaryIO) -> None:
         raise ValueError(f"{path}: damaged: the checksum is {found[0].decode()}, the contents give {total:08x}")
 
 
-def _check_contents(path: Path, settings: dict[str, Any], next_id: int, arrays: dict[str, np.ndarray]) -> None:
+def _check_contents(path: Path, settings: Settings, next_id: int, arrays: dict[str, np.ndarray]) -> None:
     """What a checksum cannot tell: contents that were written wrong."""
     codes, order, ids, x = (arrays[name] for name in ("codes", "order", "ids", "x"))
-    n, most = len(ids), 2 ** settings["bits"] - 1
-    for table in range(settings["tables"]):
+    n, most = len(ids), 2**settings.bits - 1
+    for table in range(settings.tables):
         there = np.zeros(n, bool)
         numbers = order[table]
         if n and not 0 <= int(numbers.min()) <= int(numbers.max()) < n:

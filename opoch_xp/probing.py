@@ -1,9 +1,9 @@
 """Multi-probe: the buckets of a table in the order in which a query's neighbours are likely to be in them.
 
 A neighbour falls into another bucket when it lies beyond a hyperplane that passes near the query. So buckets are tried
-by the sum of the squared margins |r . q| of the bits they flip, smallest first. Source: Lv, Josephson, Wang, Charikar and
-Li, Multi-probe LSH, 2007, section 4.4; here the sets of flipped bits that can be among the first are listed once, for
-all queries, and each query sorts those.
+by the sum of the squared margins |r . q| of the bits they flip, smallest first. Source: Lv, Josephson, Wang, Charikar
+and Li, Multi-probe LSH, 2007, section 4.4; here the sets of flipped bits that can be among the first are listed once,
+for all queries, and each query sorts those.
 """
 
 from functools import cache

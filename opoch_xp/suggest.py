@@ -50,10 +50,9 @@ def suggest(dim: int, n: int, *, recall: float = 0.9, angle: float = 30.0) -> Su
 
     One bit of two vectors at angle theta agrees with probability p = 1 - theta / 180; a table finds the neighbour with
     probability p ** bits, T tables with 1 - (1 - p ** bits) ** T; for probes the chance of a table is simulated. What
-    is read besides are random directions of dim dimensions that share a bucket. The cheapest setting of at most 64 tables
-    is returned; bits=0, which reads everything, where none reaches `recall`. For the same recall the candidates grow
-    with n as n ** (log(1 / p) / log 2), .26 at 30 degrees, .42 at 45, .58 at 60: more than real data need, whose
-    neighbours are closer than the rest is far; `LSHIndex.tune` measures.
+    is read besides are random directions of dim dimensions that share a bucket. The cheapest setting of at most 64
+    tables is returned; bits=0, which reads everything, where none reaches `recall`. For the same recall the candidates
+    grow with n as n ** (log(1 / p) / log 2): .26 at 30 degrees, .42 at 45, .58 at 60. `LSHIndex.tune` measures instead.
 
     Raises ValueError when dim < 1, n < 1, recall is outside (0, 1) or angle outside [0, 90).
 

@@ -30,6 +30,14 @@ class Workload(StrEnum):
     identical = "identical"
 
 
+class Vectors(StrEnum):
+    """The names of `opoch_xp.vectors`."""
+
+    random = "random"
+    clustered = "clustered"
+    embeddings = "embeddings"
+
+
 Causal = Annotated[
     bool, typer.Option("--causal/--no-causal", help="Whether a token sees only itself and those before.")
 ]
@@ -107,6 +115,40 @@ def audit(
     from opoch_xp.cli.tables import Sink
 
     audit_file(file, tol, causal, seed, Sink(json))
+
+
+@app.command()
+@one_line_errors
+def needle(
+    workload: Annotated[Vectors, typer.Option(help="What is searched.")] = Vectors.random,
+    n: Annotated[
+        list[int] | None,
+        typer.Option("--n", min=1, help="Vectors; may be given again. Default: 100,000 and 1,000,000."),
+    ] = None,
+    bits: Annotated[list[int] | None, typer.Option(min=0, max=62, help="Bits a table; with --tables, again.")] = None,
+    tables: Annotated[list[int] | None, typer.Option(min=1, help="Tables, one for each --bits.")] = None,
+    probes: Annotated[int, typer.Option(min=1, help="Buckets read a table.")] = 1,
+    dim: Annotated[int, typer.Option(min=2, help="Numbers a vector; embeddings have their own.")] = 64,
+    queries: Annotated[int, typer.Option(min=1, help="Queries, each with a needle.")] = 256,
+    cosine: Annotated[float, typer.Option(min=-1, max=1, help="Of a query and its needle.")] = 0.9,
+    seed: Seed = 0,
+    json: Json = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write a line a row to FILE as well.")
+    ] = None,
+) -> None:
+    """Random-hyperplane tables: what they find and at what cost, over a sweep of bits and tables.
+
+    By default the settings of the published table: 12 x 16, 10 x 20, 8 x 32 and 6 x 50, with 4 bits more at a million.
+    """
+    from opoch_xp.cli.needle import Setup, measure_needles
+    from opoch_xp.cli.tables import Sink
+
+    if len(bits or []) != len(tables or []):
+        raise ValueError(f"--bits and --tables go in pairs, got {len(bits or [])} and {len(tables or [])}")
+    settings = tuple(zip(bits or [], tables or [], strict=True))
+    setup = Setup(workload.value, tuple(n or ()), settings, probes, dim, queries, cosine, seed)
+    measure_needles(setup, Sink(json, csv))
 
 
 @app.command()

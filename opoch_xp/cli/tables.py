@@ -1,5 +1,7 @@
 """How results look: one table type, the words for figures, and where tables, progress and JSON go."""
 
+import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,15 +34,16 @@ class Table:
 
 
 class Sink:
-    """Where a command's results go: tables to stdout, and the same figures to a JSON file if one was named.
+    """Where a command's results go: tables to stdout, and the same figures to a JSON or CSV file if one was named.
 
-    Raises FileNotFoundError before anything is measured when the file's folder is not there.
+    Raises FileNotFoundError before anything is measured when a file's folder is not there.
     """
 
-    def __init__(self, json_path: Path | None = None) -> None:
-        self.json_path = json_path
-        if json_path is not None and not self._json_to_stdout and not json_path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json: no folder {json_path.absolute().parent}")
+    def __init__(self, json_path: Path | None = None, csv_path: Path | None = None) -> None:
+        self.json_path, self.csv_path = json_path, csv_path
+        for option, path in (("--json", json_path), ("--csv", csv_path)):
+            if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+                raise FileNotFoundError(f"{option}: no folder {path.absolute().parent}")
         self.console = Console(stderr=self._json_to_stdout, highlight=False)
 
     @property
@@ -74,9 +77,24 @@ class Sink:
         if self._json_to_stdout:
             print(text)
             return
-        part = self.json_path.with_name(f".{self.json_path.name}.{os.getpid()}")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.json_path)
+        _write(self.json_path, text + "\n")
+
+    def write_csv(self, rows: Sequence[dict[str, Any]]) -> None:
+        """One line a row of every table, the columns named in the first, whole or not at all."""
+        if self.csv_path is None:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        _write(self.csv_path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
+    """The file, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
 
 
 def _markdown(table: Table) -> str:
@@ -129,6 +147,11 @@ def seconds(value: float | None, extrapolated: bool = False) -> str:
         return ""
     text = f"{1000 * value:.3g} ms" if value < 0.9995 else f"{_three(value)} s"
     return f"~{text}" if extrapolated else text
+
+
+def micro(value: float) -> str:
+    """The time of one query: 3.4 us, 120 us, 3.1 ms."""
+    return f"{1e6 * value:.3g} us" if value < 0.9995e-3 else seconds(value)
 
 
 def size(value: float | None, extrapolated: bool = False) -> str:

@@ -51,6 +51,8 @@ def sort_tables(codes: Array, bits: int) -> Tables:
 def find_candidates(tables: Tables, codes: Array, limit: int | None = None) -> tuple[Array, Array]:
     """The vectors that share a bucket with a query in at least one run, each once: see the generic twin."""
     n, m = tables.order.shape[1], codes.shape[2]
+    if n == 0:
+        return np.zeros(m + 1, np.int64), np.zeros(0, np.int64)
     starts, reads = _runs(tables, codes, limit)
     flat = np.ascontiguousarray(tables.order).reshape(-1)
 
@@ -66,7 +68,6 @@ def find_candidates(tables: Tables, codes: Array, limit: int | None = None) -> t
 
     found = run(block, _cut(reads, n))
     counts = np.concatenate([np.zeros(1, np.int64), *(count for count, _ in found)])
-    assert len(counts) == m + 1
     return np.cumsum(counts), np.concatenate([np.zeros(0, np.int64), *(places for _, places in found)])
 
 
@@ -189,7 +190,7 @@ def _barred(flat: Array, n: int, start: Array, read: Array) -> Array:
 
 def _sparse(q: Array, x: Array, bias: Array | None, pairs: Array, places: Array, scores: Array) -> None:
     """The best of the pairs of each query, into places and scores (rows, k)."""
-    (rows, dim), n, k = q.shape, len(x), places.shape[1]
+    (rows, dim), n = q.shape, len(x)
     edges = np.searchsorted(pairs, np.arange(rows + 1) * pairs.dtype.type(n))
     counts = np.diff(edges)
     vectors, buffers, low = pairs % n, Buffers(), 0
@@ -210,7 +211,6 @@ def _sparse(q: Array, x: Array, bias: Array | None, pairs: Array, places: Array,
         _keep(found, padded.astype(np.int64), places[low:high], scores[low:high])
         low = high
     places[np.isneginf(scores)] = -1
-    assert places.shape[1] == k
 
 
 def _dense(q: Array, x: Array, bias: Array | None, barred: Array | None, places: Array, scores: Array) -> None:

@@ -1,0 +1,234 @@
+"""Files of an index: what was saved comes back; whatever is done to a file, it is refused whole."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import Backend
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_index import lists, made, normal
+
+import opoch_xp as ox
+from opoch_xp import index_file, tensors
+
+pytestmark = pytest.mark.dynamic_shapes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "index.safetensors"
+    index = ox.LSHIndex(5, bits=7, tables=3, probes=2, metric="inner", seed=3, max_candidates=40)
+    index.add(normal(0, 20, 5), np.arange(20) * 3)
+    index.save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("bits", [0, 7, 20, 40])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_what_was_saved_comes_back(backend: Backend, tmp_path: Path, bits: int, mmap: bool) -> None:
+    path, x = tmp_path / "index.safetensors", normal(0, 90, 5)
+    index = made(backend, x, np.arange(90)[::-1] * 7, bits=bits, tables=3, metric="euclidean", seed=4)
+    index.remove([7, 14])
+    index.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    q = backend.array(normal(1, 12, 5))
+    like = None if backend.option in ("numpy", "generic") else q
+    loaded = ox.LSHIndex.load(path, mmap=mmap, like=like, backend=backend.name)
+    assert loaded.settings == index.settings
+    assert lists(backend, loaded.candidates(q)) == lists(backend, index.candidates(q))
+    assert backend.numpy(loaded.search(q, 4).ids).tolist() == backend.numpy(index.search(q, 4).ids).tolist()
+    assert backend.numpy(loaded.add(backend.array(x[:1]))).tolist() == [7 * 89 + 1]
+
+
+def test_a_mapped_index_stays_in_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "index.safetensors"
+    made_of = ox.LSHIndex(5)
+    made_of.add(normal(0, 30, 5))
+    made_of.save(path)
+    loaded = ox.LSHIndex.load(path, mmap=True)
+    assert isinstance(loaded.vectors, np.memmap)
+    assert not loaded.vectors.flags.writeable
+    assert loaded.vectors.ctypes.data % tensors.ALIGN == 0
+
+
+def test_the_file_is_what_the_formats_own_library_reads(tmp_path: Path, saved: bytes) -> None:
+    path = tmp_path / "index.safetensors"
+    path.write_bytes(saved)
+    held = safetensors.numpy.load_file(path)
+    assert {name: array.shape for name, array in held.items()} == {
+        "x": (20, 5), "ids": (20,), "codes": (3, 20), "order": (3, 20),
+    }  # fmt: skip
+    np.testing.assert_array_equal(held["x"], normal(0, 20, 5))
+
+
+def test_empty_but_once_filled(tmp_path: Path) -> None:
+    path = tmp_path / "index.safetensors"
+    index = ox.LSHIndex(5)
+    with pytest.raises(ValueError, match="nothing was added"):
+        index.save(path)
+    index.remove(index.add(normal(0, 2, 5)))
+    index.save(path)
+    for mmap in (False, True):
+        loaded = ox.LSHIndex.load(path, mmap=mmap)
+        assert len(loaded) == 0
+        assert loaded.search(normal(0, 1, 5), 1).ids.tolist() == [[-1]]
+        assert loaded.add(normal(0, 1, 5)).tolist() == [2]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "index.safetensors"
+    path.write_bytes(saved)
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tensors.os, "fsync", full)
+    index = ox.LSHIndex(5)
+    index.add(normal(0, 4, 5))
+    with pytest.raises(OSError, match="no space left"):
+        index.save(path)
+    assert path.read_bytes() == saved
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="expected a name ending in .safetensors, got '.npz'"):
+        index.save(tmp_path / "index.npz")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ox.LSHIndex.load(tmp_path / "other.safetensors")
+
+
+def refused(folder: Path, contents: bytes, words: str | None = None) -> None:
+    path = folder / "bad.safetensors"
+    path.write_bytes(contents)
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match=words) as error:
+            ox.LSHIndex.load(path, mmap=mmap)
+        assert str(path) in str(error.value)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data())
+def test_any_flipped_bit_and_any_truncation_is_refused(tmp_path: Path, saved: bytes, data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        refused(tmp_path, saved[: data.draw(st.integers(0, len(saved) - 1))])
+    else:
+        place, bit = data.draw(st.integers(0, len(saved) - 1)), data.draw(st.integers(0, 7))
+        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1 << bit]) + saved[place + 1 :])
+
+
+def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path, saved: bytes) -> None:
+    length = 8 + int.from_bytes(saved[:8], "little")
+    for place in range(length):
+        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
+
+
+def rewritten(saved: bytes, change: Any, data: bytes | None = None) -> bytes:
+    """The file with a header changed by `change(header)` and, if given, other data, its checksum made right again."""
+    length = int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8 : 8 + length])
+    change(header)
+    header["__metadata__"]["checksum"] = "0" * 8
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    rest = saved[8 + length :] if data is None else data
+    total = zlib.crc32(rest, zlib.crc32(text))
+    text = text.replace(b'"checksum":"00000000"', b'"checksum":"%08x"' % total)
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def test_the_checksum_can_be_made_right(tmp_path: Path, saved: bytes) -> None:
+    """Or the tests below would show nothing."""
+    path = tmp_path / "same.safetensors"
+    path.write_bytes(rewritten(saved, lambda header: None))
+    assert len(ox.LSHIndex.load(path)) == 20
+
+
+def _with_settings(**values: Any) -> Any:
+    def change(header: dict[str, Any]) -> None:
+        held = json.loads(header["__metadata__"]["settings"])
+        header["__metadata__"]["settings"] = json.dumps({**held, **values})
+
+    return change
+
+
+def _entry(name: str, **values: Any) -> Any:
+    return lambda header: header[name].update(values)
+
+
+def _metadata(**values: Any) -> Any:
+    return lambda header: header["__metadata__"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_metadata(version="2"), "written in version 2 of the format; this opoch_xp reads version 1"),
+        (_metadata(format="other"), "no index: its format is 'other'"),
+        (lambda header: header.update(__metadata__={"checksum": "0"}), "no index: its format is None"),
+        (_metadata(settings="[]"), "settings cannot be used"),
+        (_metadata(settings="{"), "settings cannot be used"),
+        (_with_settings(other=1), "settings cannot be used"),
+        (_with_settings(next_id="x"), "next_id must be a whole number"),
+        (_with_settings(dim=6), r"x has shape \(20, 5\), expected \(20, 6\)"),
+        (_with_settings(tables=10**12), "expected"),
+        (_with_settings(tables=10**9, dim=10**9), "expected"),
+        (_with_settings(bits=6), "codes of table 0 do not ascend from 0 to 63"),
+        (_with_settings(bits=10**15), "bits must be a whole number from 0 to 62"),
+        (_with_settings(bits="many"), "bits must be a whole number from 0 to 62"),
+        (_with_settings(metric="dot"), "metric must be one of"),
+        (_with_settings(probes=0), "probes must be"),
+        (_with_settings(next_id=4), "ids must differ and be from 0 to 3"),
+        (_entry("x", shape=[1 << 40, 5]), "needs .* bytes, the file holds"),
+        (_entry("x", shape=[-20, -5]), "expected whole numbers"),
+        (_entry("x", shape=[True, 100]), "expected whole numbers"),
+        (_entry("x", dtype="F16", shape=[20, 10]), "x must be F32 or F64, got F16"),
+        (_entry("x", dtype="I32"), "x must be F32 or F64, got I32"),
+        (_entry("ids", shape=[4, 5]), "ids has shape"),
+        (_entry("order", data_offsets=[0, 1 << 62]), "the file holds"),
+        (_entry("order", data_offsets=[0]), "header is not that"),
+        (lambda header: header.pop("codes"), "no index: codes missing"),
+        (lambda header: header.update(codes=3), "header is not that"),
+        (_entry("order", data_offsets=[0, 240]), "order of table"),  # the vectors, read as places
+    ],
+)
+def test_hostile_headers(tmp_path: Path, saved: bytes, change: Any, words: str) -> None:
+    refused(tmp_path, rewritten(saved, change), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("x", np.inf, "x must be finite"),
+        ("ids", 3, "ids must differ"),
+        ("ids", -1, "ids must differ and be from 0"),
+        ("order", 20, "names vectors that are not there"),
+        ("order", -1, "names vectors that are not there"),
+        ("codes", 9999, "do not ascend"),
+    ],
+)
+def test_contents_that_were_written_wrong(tmp_path: Path, name: str, value: float, words: str) -> None:
+    index = ox.LSHIndex(5, bits=7, tables=3)
+    index.add(normal(0, 20, 5), np.arange(20) * 3)
+    tables = index._contents.tables
+    held = {"x": index.vectors, "ids": index.ids, "codes": tables.codes, "order": tables.order}
+    held = {key: array.copy() for key, array in held.items()}
+    held[name].reshape(-1)[5] = value
+    path = tmp_path / "bad.safetensors"
+    index_file.write(path, index.settings, 60, held)
+    with pytest.raises(ValueError, match=words):
+        ox.LSHIndex.load(path)
+
+
+def test_a_table_that_lacks_a_vector(tmp_path: Path) -> None:
+    index = ox.LSHIndex(5, bits=7, tables=3)
+    index.add(normal(0, 20, 5))
+    tables = index._contents.tables
+    order = tables.order.copy()
+    order[1, 3] = order[1, 4]
+    held = {"x": index.vectors, "ids": index.ids, "codes": tables.codes, "order": order}
+    index_file.write(tmp_path / "bad.safetensors", index.settings, 20, held)
+    with pytest.raises(ValueError, match="order of table 1 lacks vectors"):
+        ox.LSHIndex.load(tmp_path / "bad.safetensors")
