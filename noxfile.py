@@ -88,3 +88,10 @@ def transformers(session: nox.Session) -> None:
     session.install(*rest, ".")
     session.install("--no-deps", data)
     session.run("pytest", "tests/test_transformers.py", *session.posargs)
+
+
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """The page of `opoch-xp report` in headless Chromium, at desktop and phone widths; needs chromium."""
+    install(session, "test-browser")
+    session.run("pytest", "tests/browser", *session.posargs)

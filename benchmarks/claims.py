@@ -1,7 +1,7 @@
 """Write docs/claims.md: the published claims about hashed attention, each with what was measured and a verdict.
 
-Everything is measured in this run but the table of needles, which `opoch-xp needle --json` wrote. A verdict follows from
-its figures by the rule beside it, so a run that measures something else says something else.
+Everything is measured in this run but the table of needles, which `opoch-xp needle --json` wrote. A verdict follows
+from its figures by the rule beside it, so a run that measures something else says something else.
 """
 
 import json

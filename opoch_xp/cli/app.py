@@ -153,6 +153,23 @@ def needle(
 
 @app.command()
 @one_line_errors
+def report(
+    file: Annotated[Path, typer.Argument(help="The page to write: one HTML file that loads nothing.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Of the wall, and the most of the sweep.")] = 65_536,
+    vectors: Annotated[int, typer.Option(min=1, help="That needles are planted among.")] = 100_000,
+    seed: Seed = 0,
+) -> None:
+    """The wall, the needles and a scaling sweep on one page, with plots; about a minute at the sizes given.
+
+    Needs matplotlib: pip install "opoch-xp[report]".
+    """
+    from opoch_xp.cli.report import Setup, write_report
+
+    write_report(Setup(file, tokens, vectors, seed))
+
+
+@app.command()
+@one_line_errors
 def backends(json: Json = None) -> None:
     """What is installed, from where, and whether it can be used."""
     from opoch_xp.cli.backends import list_backends

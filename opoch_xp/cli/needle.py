@@ -84,7 +84,7 @@ def measure_needles(setup: Setup, sink: Sink) -> None:
             rows, about = measure(setup, n, begin)
             results.append({**about, "rows": [asdict(row) for row in rows]})
     for result in results:
-        sink.show(_table(result))
+        sink.show(table(result))
     sink.write_json(results)
     sink.write_csv(
         [
@@ -219,7 +219,7 @@ NOTES = [
 ]
 
 
-def _table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> Table:
     cells = []
     for row in result["rows"]:
         probes = f", {row['probes']} probes" if row["probes"] > 1 else ""

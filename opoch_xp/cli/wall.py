@@ -117,7 +117,7 @@ def measure_wall(setup: Setup, sink: Sink) -> None:
     for plan in planned:
         with tables.progress(plan.steps) as begin:
             rows, about = measure(plan, begin)
-        sink.show(_table(plan, rows, about))
+        sink.show(table(plan, rows, about))
         results.append({**about, "rows": [asdict(row) for row in rows]})
     sink.write_json(results)
 
@@ -178,7 +178,7 @@ def _bits(plan: Plan, backend: str | None, begin: Begin) -> list[float]:
     return found
 
 
-def _table(plan: Plan, rows: list[Row], about: dict[str, Any]) -> Table:
+def table(plan: Plan, rows: list[Row], about: dict[str, Any]) -> Table:
     heads = f"{about['heads']} head{'s' if about['heads'] > 1 else ''}"
     what = (
         f"{about['tokens']:,} tokens, {heads} of {about['dim']}, {about['dtype']}, "
