@@ -229,8 +229,9 @@ class LSHIndex:
 
         filter (n,) bool in the order of `ids`: True may be found. exact: every vector is a candidate, which is what
         recall is measured against. Where fewer than k are found the id is -1 and the score -inf; an empty index finds
-        none. Equal scores come in the order of addition. Cost: as `candidates`, and a dot product a candidate, by
-        fetching its vector or, where a tenth of all are candidates, in one product with all.
+        none. Equal scores come in the order of addition; equal vectors may score a rounding apart. Cost: as
+        `candidates`, and a dot product a candidate, by fetching its vector or, where many of all are candidates, in
+        one product with all.
 
         Raises ValueError for another dim, a query that is not finite, k < 1 or a filter of another length; TypeError
         for another library or dtype than what is held.

@@ -107,7 +107,7 @@ def test_hyperplanes_are_the_float64_stream_of_the_seed() -> None:
 @pytest.mark.parametrize(
     ("keywords", "named"),
     [
-        ({"dim": 0}, "dim must be a whole number at least 1, got 0"),
+        ({"dim": 0}, "dim must be a whole number of at least 1, got 0"),
         ({"bits": 63}, "bits must be a whole number from 0 to 62, got 63"),
         ({"bits": -1}, "bits must"),
         ({"bits": 2.0}, "bits must"),

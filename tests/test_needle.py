@@ -79,7 +79,7 @@ def test_the_command_measures_every_setting(tmp_path) -> None:
     assert all(all(cells) for cells in body)
     tables = json.loads(figures.read_text())
     assert [table["n"] for table in tables] == [2000, 600]
-    rows = list(csv.DictReader(lines.open()))
+    rows = list(csv.DictReader(lines.read_text().splitlines()))
     assert [(row["n"], row["bits"], row["tables"]) for row in rows] == [
         ("2000", "4", "6"), ("2000", "9", "3"), ("600", "4", "6"), ("600", "9", "3"),
     ]  # fmt: skip

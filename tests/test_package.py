@@ -70,11 +70,13 @@ def test_examples_in_docstrings(name):
     assert doctest.testmod(module).failed == 0
 
 
-def test_the_readme_s_examples_run(capsys):
+def test_the_readme_s_examples_run(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
+    names: dict[str, object] = {}  # a block goes on where the one before it ended
+    monkeypatch.chdir(tmp_path)  # where one of them saves a file
     for block in blocks:
-        exec(block.replace("8192", "300"), {})
+        exec(block.replace("8192", "300"), names)
     assert capsys.readouterr().out
 
 

@@ -23,6 +23,7 @@ GATHER = 1 << 18  # numbers of vectors fetched at once: 1 MB of float32
 ROOM = 4  # offsets are kept while they are at most so many times as long as a table
 DENSE = 0.06  # share of all vectors in a query's buckets from which one product with all of them is faster
 BARRED = 1 << 25  # bytes of a block's mask of what is not a candidate
+DENSE_TASKS = 4  # at least so many blocks of dense queries, for the threads
 COLUMNS = 4096  # vectors of one product of a dense block
 SAME = 1 << 31  # below it numbers are sorted and kept as int32
 
@@ -88,7 +89,7 @@ def search_buckets(
         return places, scores
     refused = None if allowed is None else ~allowed
     if codes is None:
-        step = max(1, min(BARRED // n, -(-m // 2)))
+        step = max(1, min(BARRED // n, -(-m // DENSE_TASKS)))
 
         def all_of(rows: slice) -> None:
             block = q[rows]
@@ -148,7 +149,7 @@ def _cut(reads: Array, n: int) -> Iterator[slice]:
     low, m = 0, len(totals)
     ends = np.cumsum(totals)
     most = max(1, (SAME - 1) // max(1, n))
-    dense = max(1, BARRED // max(1, n))
+    dense = max(1, min(BARRED // max(1, n), -(-m // DENSE_TASKS)))
     while low < m:
         before = ends[low - 1] if low else 0
         high = int(np.searchsorted(ends, before + ENTRIES, side="right"))
