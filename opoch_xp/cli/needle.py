@@ -77,22 +77,28 @@ class Row:
 
 def measure_needles(setup: Setup, sink: Sink) -> None:
     """Measure and show a table for every size; write the figures where the sink wants them."""
-    results = []
-    sizes = setup.sizes or (SIZES if setup.workload != "embeddings" else (vectors.available_embeddings(setup.queries),))
-    with tables.progress(sum(2 + len(setup.settings_for(n)) for n in sizes)) as begin:
-        for n in sizes:
-            rows, about = measure(setup, n, begin)
-            results.append({**about, "rows": [asdict(row) for row in rows]})
-    for result in results:
+    found = results(setup)
+    for result in found:
         sink.show(table(result))
-    sink.write_json(results)
+    sink.write_json(found)
     sink.write_csv(
         [
             {**{key: result[key] for key in ("workload", "n", "dim")}, **row}
-            for result in results
+            for result in found
             for row in result["rows"]
         ]
     )
+
+
+def results(setup: Setup) -> list[dict[str, Any]]:
+    """What was measured for every size, as it goes to JSON: facts of the run, and under `rows` a row a setting."""
+    sizes = setup.sizes or (SIZES if setup.workload != "embeddings" else (vectors.available_embeddings(setup.queries),))
+    found = []
+    with tables.progress(sum(2 + len(setup.settings_for(n)) for n in sizes)) as begin:
+        for n in sizes:
+            rows, about = measure(setup, n, begin)
+            found.append({**about, "rows": [asdict(row) for row in rows]})
+    return found
 
 
 def measure(setup: Setup, n: int, begin: Begin) -> tuple[list[Row], dict[str, Any]]:
@@ -134,7 +140,8 @@ def brute_force(x: np.ndarray, q: np.ndarray) -> Brute:
     best = index.search(q, NEIGHBOURS, exact=True).ids
     seconds = perf_counter() - start
     step = max(1, min(len(q), (1 << 27) // len(x)))  # a product of half a GB at most
-    product = np.zeros((step, len(x)), np.float32)  # written to before, so that its memory is there
+    product = np.full((step, len(x)), 0, np.float32)  # written to before, so that its memory is there
+    np.matmul(q[:step], x.T, out=product[: len(q[:step])])
     start = perf_counter()
     for low in range(0, len(q), step):
         rows = q[low : low + step]
@@ -237,7 +244,7 @@ def table(result: dict[str, Any]) -> Table:
             ]
         )
     needle = f"each with a needle at cosine {result['cosine']:g} among the vectors"
-    product = f"{tables.micro(result['product_seconds'])} of them the product"
+    product = f"one product of all with all alone {tables.micro(result['product_seconds'])}"
     about = [
         f"{result['n']:,} vectors of {result['dim']}, {result['queries']:,} queries, {needle}, seed {result['seed']}",
         f"{result['machine']}, threads: {result['threads']}; Python {result['python']}, NumPy {result['numpy']}",

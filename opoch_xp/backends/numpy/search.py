@@ -18,12 +18,14 @@ from opoch_xp.buckets import Tables
 
 Array = np.ndarray
 
-ENTRIES = 1 << 16  # of a block: sorted in a quarter MB of L2 cache
-GATHER = 1 << 18  # numbers of vectors fetched at once: 1 MB of float32
+ENTRIES = 1 << 18  # of a block: 1 MB to sort, and calls long enough for two threads to pass the interpreter's lock on
+GATHER = 1 << 20  # numbers of vectors fetched at once: 4 MB of float32, so that calls are long enough for threads
 ROOM = 4  # offsets are kept while they are at most so many times as long as a table
 DENSE = 0.06  # share of all vectors in a query's buckets from which one product with all of them is faster
 BARRED = 1 << 25  # bytes of a block's mask of what is not a candidate
-DENSE_TASKS = 4  # at least so many blocks of dense queries, for the threads
+TASKS = 4  # at least so many blocks of queries, for the threads, whatever their number: it must not change results
+LEAST = 1 << 14  # entries of a block, or its calls are too short for threads
+LOOK_UPS = 1 << 15  # bisections, from which threads share them: 1 ms
 COLUMNS = 4096  # vectors of one product of a dense block
 SAME = 1 << 31  # below it numbers are sorted and kept as int32
 
@@ -89,7 +91,7 @@ def search_buckets(
         return places, scores
     refused = None if allowed is None else ~allowed
     if codes is None:
-        step = max(1, min(BARRED // n, -(-m // DENSE_TASKS)))
+        step = max(1, min(BARRED // n, -(-m // TASKS)))
 
         def all_of(rows: slice) -> None:
             block = q[rows]
@@ -126,15 +128,24 @@ def _runs(tables: Tables, codes: Array, limit: int | None) -> tuple[Array, Array
     """Where the runs of each query begin in their tables, and how many entries of them are read: (m, R) each."""
     probes, count, m = codes.shape
     begin, end = (np.empty((probes, count, m), tables.order.dtype) for _ in range(2))
-    if tables.offsets is not None:
+
+    def look_up(table: int) -> None:
+        wanted, held = codes[:, table], tables.codes[table]
+        if tables.offsets is not None:
+            np.take(tables.offsets[table], wanted, out=begin[:, table])
+            np.take(tables.offsets[table], wanted + 1, out=end[:, table])
+            return
+        wanted = wanted.astype(held.dtype)
+        low = np.searchsorted(held, wanted, side="left")
+        there = np.take(held, low, mode="clip") == wanted  # most buckets of many bits are empty
+        begin[:, table] = end[:, table] = low
+        end[:, table][there] = np.searchsorted(held, wanted[there], side="right")
+
+    if tables.offsets is not None or probes * count * m < LOOK_UPS:
         for table in range(count):
-            np.take(tables.offsets[table], codes[:, table], out=begin[:, table])
-            np.take(tables.offsets[table], codes[:, table] + 1, out=end[:, table])
+            look_up(table)
     else:
-        wanted = codes.astype(tables.codes.dtype)
-        for probe, table in np.ndindex(probes, count):
-            begin[probe, table] = np.searchsorted(tables.codes[table], wanted[probe, table], side="left")
-            end[probe, table] = np.searchsorted(tables.codes[table], wanted[probe, table], side="right")
+        run(look_up, range(count))
     starts = np.ascontiguousarray(begin.reshape(-1, m).T)
     reads = np.ascontiguousarray((end - begin).reshape(-1, m).T)
     if limit is not None:
@@ -144,15 +155,16 @@ def _runs(tables: Tables, codes: Array, limit: int | None) -> tuple[Array, Array
 
 
 def _cut(reads: Array, n: int) -> Iterator[slice]:
-    """Blocks of queries: about ENTRIES entries and less than 2**31 numbers, or, where dense, BARRED bytes of mask."""
+    """Blocks of queries: at most ENTRIES entries and less than 2**31 numbers, or, where dense, BARRED bytes of mask."""
     totals = reads.sum(1, dtype=np.int64)
     low, m = 0, len(totals)
     ends = np.cumsum(totals)
+    entries = min(ENTRIES, max(LEAST, int(totals.sum()) // TASKS))
     most = max(1, (SAME - 1) // max(1, n))
-    dense = max(1, min(BARRED // max(1, n), -(-m // DENSE_TASKS)))
+    dense = max(1, min(BARRED // max(1, n), -(-m // TASKS)))
     while low < m:
         before = ends[low - 1] if low else 0
-        high = int(np.searchsorted(ends, before + ENTRIES, side="right"))
+        high = int(np.searchsorted(ends, before + entries, side="right"))
         if totals[low] > DENSE * n:
             high = low + dense
         high = min(max(high, low + 1), low + most, m)
@@ -168,8 +180,9 @@ def _pairs(flat: Array, n: int, start: Array, read: Array) -> Array:
     count = read.reshape(-1)[filled]
     first = start.reshape(-1)[filled] + filled % tables * n  # in the tables laid end to end
     ends = np.cumsum(count, dtype=np.int64)
-    place = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
-    pairs = flat[place].astype(kind, copy=False)
+    place = np.repeat(first - (ends - count), count)
+    place += np.arange(len(place))
+    pairs = np.take(flat, place).astype(kind, copy=False)
     pairs += np.repeat((np.arange(rows) * n).astype(kind), read.sum(1))
     pairs.sort()
     new = np.ones(len(pairs), bool)
