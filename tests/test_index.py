@@ -100,15 +100,8 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(generic, "PRODUCTS", 9)
         monkeypatch.setattr(import_module("opoch_xp.probing"), "NUMBERS", 50)
         monkeypatch.setattr(import_module("opoch_xp.index"), "GATHERED", 20)
-        for name, value in {
-            "ENTRIES": 7,
-            "LEAST": 3,
-            "LOOK_UPS": 0,
-            "GATHER": 40,
-            "BARRED": 100,
-            "COLUMNS": 5,
-            "DENSE": 0.4,
-        }.items():
+        small = {"ENTRIES": 7, "LEAST": 3, "LOOK_UPS": 0, "GATHER": 40, "BARRED": 100, "COLUMNS": 5, "DENSE": 0.4}
+        for name, value in small.items():
             monkeypatch.setattr(numpy, name, value)
     elif request.param == "all dense":
         monkeypatch.setattr(numpy, "DENSE", -1.0)
