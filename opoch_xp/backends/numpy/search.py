@@ -180,9 +180,9 @@ def _pairs(flat: Array, n: int, start: Array, read: Array) -> Array:
     count = read.reshape(-1)[filled]
     first = start.reshape(-1)[filled] + filled % tables * n  # in the tables laid end to end
     ends = np.cumsum(count, dtype=np.int64)
-    first = np.repeat(first - (ends - count), count)
-    place = np.add(first, np.arange(len(first)), out=first)
-    pairs = np.take(flat, place).astype(kind, copy=False)
+    place = np.repeat(first - (ends - count), count)
+    place = np.add(place, np.arange(len(place)), out=place)
+    pairs: Array = np.take(flat, place).astype(kind, copy=False)
     pairs += np.repeat((np.arange(rows) * n).astype(kind), read.sum(1))
     pairs.sort()
     new = np.ones(len(pairs), bool)
