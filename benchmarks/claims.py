@@ -15,10 +15,12 @@ from opoch_xp import vectors, workloads
 from opoch_xp.cli import needle, tables
 from opoch_xp.cli.rows import Input, Row, exact_row, method_row
 from opoch_xp.cli.tables import method_name
+from opoch_xp.measure import timed
 
 MILLION = 1_000_000
 DOCS = Path(__file__).parent.parent / "docs" / "claims.md"
 QUERIES, COSINE = 256, 0.9  # of the table of needles
+CLAIMED = 1e8  # bytes; up to twice as much is granted, for codes of 64 bits
 LINEAR = 1.1  # exponents up to it: what noise adds to a fit over a factor of 8 in N
 TRUE, FALSE = "true", "false"
 
@@ -39,21 +41,23 @@ def million() -> tuple[str, str, Row]:
     q, k = given.q, given.k
     planes = ox.random_hyperplanes(64, 16, 8)
     hashing, _ = median_seconds(lambda: (ox.hash_codes(q, planes), ox.hash_codes(k, planes)), 3)
+    _, _, held = timed(lambda: (ox.hash_codes(q, planes), ox.hash_codes(k, planes)))
     rows = [method_row(given, method, exact) for method in (ox.LSH(16, 1), ox.LSH(16, 8), ox.Treecode())]
     cells = [
         [row.method, tables.seconds(row.seconds), tables.size(row.extra_bytes), tables.percent(row.error)]
         for row in rows
     ]
-    cells.insert(0, ["hashing q and k alone, 16 x 8", tables.seconds(hashing), "", "no output"])
+    cells.insert(0, ["hashing q and k alone, 16 x 8", tables.seconds(hashing), tables.size(held), "no output"])
     cells.insert(0, [exact.method, tables.seconds(exact.seconds, True), tables.size(exact.extra_bytes, True), "0"])
     table = markdown(["1,000,000 tokens, 1 head of 64, topics, not causal", "time", "extra memory", "error"], cells)
     most = max(row.extra_bytes or 0 for row in rows)
     memory = section(
         "Attention over a million tokens needs 4 TB; hashing needs 0.1 GB",
-        TRUE if most <= 1e8 else "half true",
+        TRUE if most <= CLAIMED else "true of hashing alone" if (held or 0) <= 2 * CLAIMED else FALSE,
         f"The matrix of {MILLION:,} x {MILLION:,} float32 is 4.0 TB, but nobody has to hold it: streaming exact "
-        f"attention needs {tables.size(exact.extra_bytes)}. The hashed output takes {tables.size(rows[0].extra_bytes)} "
-        f"with one table, {tables.size(rows[1].extra_bytes)} with eight; the output alone is 0.26 GB.",
+        f"attention needs {tables.size(exact.extra_bytes)}, the output itself. Hashing alone takes {tables.size(held)} for its "
+        f"codes; the output of hashed attention takes {tables.size(rows[0].extra_bytes)} "
+        f"with one table, {tables.size(rows[1].extra_bytes)} with eight.",
         table,
     )
     least = min(row.seconds or 0 for row in rows)

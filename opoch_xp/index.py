@@ -1,6 +1,7 @@
 """LSHIndex: nearest vectors by random-hyperplane tables, for arrays of any library."""
 
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -136,13 +137,15 @@ class LSHIndex:
 
     @property
     def ids(self) -> Array:
-        """The ids (n,) int64 in the order of addition, the order of `search`'s filter; None before the first add."""
-        return None if self._contents is None else self._contents.ids
+        """The ids (n,) int64 in the order of addition, the order of `search`'s filter; None before the first add.
+
+        The index's own array, as is that of `vectors`: copy it before you change it. NumPy's are read-only."""
+        return None if self._contents is None else _read_only(self._contents.ids)
 
     @property
     def vectors(self) -> Array:
         """The vectors (n, dim) in the order of `ids`, of unit length with cosine; None before the first add."""
-        return None if self._contents is None else self._contents.x
+        return None if self._contents is None else _read_only(self._contents.x)
 
     def add(self, x: Array, ids: Array | None = None) -> Array:
         """Add vectors x (m, dim); returns their ids (m,) int64.
@@ -156,14 +159,18 @@ class LSHIndex:
             xp, x = self._vectors("x", x, held)
             next_id = held.next_id if held else 0
             if ids is None:
+                if next_id + x.shape[0] > MOST_IDS:
+                    raise ValueError(f"ids must be given: there are none left above the highest, {next_id - 1}")
                 numbers = np.arange(next_id, next_id + x.shape[0], dtype=np.int64)
             else:
                 numbers = self._new_ids(ids, x.shape[0], held)
             codes = self._codes(xp, x)
-            added = xp.asarray(numbers, device=device(x))
             next_id = max(next_id, int(numbers.max(initial=-1)) + 1)
-            self._contents = self._joined(xp, held, Contents(x, added, self._sorted(xp, codes), next_id))
-            return added
+            where = device(x)
+            kept = xp.asarray(x, copy=True) if held is None else x  # joining copies
+            more = Contents(kept, xp.asarray(numbers, device=where), self._sorted(xp, codes), next_id)
+            self._contents = self._joined(xp, held, more)
+            return xp.asarray(numbers, device=where, copy=True)
 
     def remove(self, ids: Array) -> None:
         """Remove vectors by id. Raises ValueError for an id that is not held or given twice."""
@@ -195,6 +202,8 @@ class LSHIndex:
     def merge(self, other: "LSHIndex") -> None:
         """Add all that another index holds. Raises ValueError when its dim, bits, tables, metric or seed differ, or for
         an id that both hold; TypeError when its vectors are of another library or dtype."""
+        if not isinstance(other, LSHIndex):
+            raise TypeError(f"other must be an LSHIndex, got {type(other).__name__}")
         for name in ("dim", "bits", "tables", "metric", "seed"):
             ours, theirs = getattr(self.settings, name), getattr(other.settings, name)
             if ours != theirs:
@@ -257,9 +266,10 @@ class LSHIndex:
         flat = xp.reshape(xp.where(there, places, 0), (-1,))
         found = xp.reshape(xp.take(contents.ids, flat), there.shape)
         if self.settings.metric == "euclidean":  # by differences: |q|**2 - 2 q . x + |x|**2 loses near ones
-            rows = xp.reshape(xp.take(x, flat, axis=0), (*there.shape, x.shape[1]))
-            scores = xp.where(there, -_length(xp, rows - q[:, None, :]), -xp.inf)
-            order = xp.argsort(-scores, axis=1, stable=True)
+            scores = xp.where(there, -xp.reshape(self._distances(xp, q, x, flat, k), there.shape), -xp.inf)
+            order = xp.argsort(xp.where(there, places, x.shape[0]), axis=1)  # so that ties come by place
+            by_score = xp.argsort(-xp.take_along_axis(scores, order, axis=1), axis=1, stable=True)
+            order = xp.take_along_axis(order, by_score, axis=1)
             scores, found, there = (xp.take_along_axis(a, order, axis=1) for a in (scores, found, there))
         return Neighbours(xp.where(there, found, -1), scores)
 
@@ -269,8 +279,9 @@ class LSHIndex:
         With "euclidean" scores are -distance, so least=-r finds what lies within r. Cost: as `candidates`, and a dot
         product of fetched vectors a candidate. Raises as `search`, and ValueError when `least` is not a number.
         """
-        if isinstance(least, bool) or not isinstance(least, int | float) or np.isnan(least):
+        if isinstance(least, bool) or not isinstance(least, Real) or np.isnan(least):
             raise ValueError(f"least must be a score, got {least!r}")
+        least = float(least)
         contents = self._contents
         xp, q = self._vectors("q", q, contents)
         m = q.shape[0]
@@ -298,9 +309,9 @@ class LSHIndex:
         """Sizes of the buckets, how often vectors share one, and memory. Cost: a pass over the tables."""
         settings, contents = self.settings, self._contents
         expected = 2.0**-settings.bits
-        if contents is None or len(self) == 0:
+        n = 0 if contents is None else contents.x.shape[0]
+        if contents is None or n == 0:
             return Stats(0, 0, 0, (), expected, 0.0, 0)
-        n = contents.x.shape[0]
         sizes = np.concatenate([_run_lengths(to_host(contents.tables.codes[t, :])) for t in range(settings.tables)])
         pairs = float(np.sum(sizes.astype(np.float64) * (sizes - 1))) / settings.tables
         arrays = (contents.x, contents.ids, contents.tables.codes, contents.tables.order, contents.tables.offsets)
@@ -319,22 +330,48 @@ class LSHIndex:
 
         True neighbours come from an exact search. Which tables and buckets hold them is measured for every number of
         bits tried, with this index's seed, and what would be read besides, on a sample of the vectors; the cheapest
-        that reaches `recall` is returned. `index.rebuilt(**found.settings)` applies it. Cost: an exact search of the
-        queries, and hashing them, their neighbours and 65,536 vectors a few times.
+        that reaches `recall` is returned. `index.rebuilt(**found.settings)` applies it. The queries must be none of the
+        vectors held: each of those is a neighbour of its own, which any settings find. With max_candidates the cheapest
+        settings are built and searched until one reaches `recall`. Cost: an exact search of the queries, and hashing
+        them, their neighbours and 65,536 vectors a few times.
 
-        Raises ValueError for an empty index, k < 1 or more than it holds, no query, or recall outside (0, 1].
+        Raises ValueError for an empty index, k < 1 or more than it holds, no query, recall outside (0, 1], or where
+        max_candidates lets no settings reach it.
         """
         contents = self._contents
-        if contents is None or len(self) == 0:
+        if contents is None or contents.x.shape[0] == 0:
             raise ValueError("tune needs vectors to measure on: the index is empty")
-        check_whole("k", k, 1, len(self))
+        check_whole("k", k, 1, contents.x.shape[0])
         xp, q = self._vectors("queries", queries, contents)
         if q.shape[0] == 0:
             raise ValueError("queries must hold at least one query")
         truth = self._kernels(xp).search_buckets(
             q, contents.x, self._bias(xp, contents.x), contents.tables, None, k, None, None
         )[0]
-        return tuned(xp, self._kernels(xp), q, contents.x, truth, recall, self.settings.seed)
+        found = tuned(xp, self._kernels(xp), q, contents.x, truth, recall, self.settings.seed)
+        if self.settings.max_candidates is None:
+            return found[0]
+        best = 0.0
+        for suggestion in found[:TRIED]:
+            reached = self.rebuilt(**suggestion.settings)._recall(xp, q, truth)
+            if reached >= recall:
+                return replace(suggestion, recall=reached)
+            best = max(best, reached)
+        raise ValueError(
+            f"no settings tried find the share {recall:g} with max_candidates={self.settings.max_candidates}: the best "
+            f"found {best:.3f}"
+        )
+
+    def _recall(self, xp: Any, q: Array, truth: Array) -> float:
+        """Share of the neighbours `truth` (m, k), places, that a search finds."""
+        contents = self._contents
+        assert contents is not None
+        found = self._kernels(xp).search_buckets(
+            q, contents.x, self._bias(xp, contents.x), contents.tables, self._probes(xp, q), truth.shape[1], None,
+            self.settings.max_candidates,
+        )[0]  # fmt: skip
+        hits = (np.isin(a, b).sum() for a, b in zip(to_host(truth), to_host(found), strict=True))
+        return float(sum(hits)) / float(np.prod(truth.shape))
 
     def rebuilt(
         self, bits: int | None = None, tables: int | None = None, probes: int | None = None, seed: int | None = None
@@ -347,11 +384,14 @@ class LSHIndex:
         index = LSHIndex(**asdict(settings), backend=self.backend)
         held = self._contents
         if held is not None:
-            xp = namespace_of(x=held.x)
             same = all(getattr(settings, name) == getattr(self.settings, name) for name in ("bits", "tables", "seed"))
-            tables_ = held.tables if same else index._sorted(xp, index._codes(xp, held.x))
-            index._contents = replace(held, tables=tables_)
+            index._contents = held if same else index._of(held)
         return index
+
+    def _of(self, held: Contents) -> Contents:
+        """What another index holds, in tables of this one's settings."""
+        xp = namespace_of(x=held.x)
+        return replace(held, tables=self._sorted(xp, self._codes(xp, held.x)))
 
     def save(self, path: str | Path) -> None:
         """Write the index to a .safetensors file, whole or not at all: a temporary file is renamed at the end.
@@ -373,14 +413,18 @@ class LSHIndex:
     ) -> "LSHIndex":
         """Read an index that `save` wrote.
 
-        mmap: the arrays stay in the file and are read where they are used (NumPy); otherwise they are read into memory,
-        or moved to the library and device of the array `like`. Everything is read once and checked: the checksum, that
-        codes ascend, that every table holds each vector once, that ids differ.
+        mmap: vectors and ids stay in the file and are read where they are used (NumPy); otherwise they are read into
+        memory, or moved to the library and device of the array `like`. The tables are always in memory. Everything is
+        read once and checked: the checksum, that codes ascend, that each table holds every vector once, that ids
+        differ.
 
         Raises FileNotFoundError, or ValueError for a file of another kind or a later version, damaged, truncated, or
-        with sizes or contents that do not fit one another. Nothing is allocated for sizes that are not there.
+        with sizes or contents that do not fit one another, or mmap together with `like`. Nothing is allocated for sizes
+        that are not there.
         """
-        settings, next_id, held = index_file.read(Path(path), mmap and like is None)
+        if mmap and like is not None:
+            raise ValueError("mmap=True keeps vectors in the file, like= moves them: choose one")
+        settings, next_id, held = index_file.read(Path(path), mmap)
         index = cls(**asdict(settings), backend=backend)
         x = held["x"] if like is None else held["x"][:0]
         xp, where = namespace_of(x=x if like is None else like), None if like is None else device(like)
@@ -399,6 +443,8 @@ class LSHIndex:
             raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype_name(x)}")
         if x.ndim != 2 or x.shape[1] != self.settings.dim:
             raise ValueError(f"{name} must be (m, dim) with dim = {self.settings.dim}, got shape {tuple(x.shape)}")
+        if hasattr(x, "detach"):  # PyTorch's: an index has no gradient
+            x = x.detach()
         if xp.finfo(x.dtype).bits < 32:
             x = xp.astype(x, xp.float32)
         if held is not None:
@@ -416,7 +462,16 @@ class LSHIndex:
         if not bool(xp.all(xp.isfinite(squares))) and not bool(xp.all(xp.isfinite(x))):
             row = int(xp.argmin(xp.astype(xp.all(xp.isfinite(x), axis=1), xp.int8)))
             raise ValueError(f"{name} must be finite; row {row} is not")
-        return xp, _unit(xp, x, squares) if self.settings.metric == "cosine" else x
+        if self.settings.metric == "cosine":
+            return xp, _unit(xp, x, squares)
+        most = float(xp.finfo(x.dtype).max) / 4
+        if not bool(xp.all(squares <= most)):
+            row = int(xp.argmax(squares))
+            raise ValueError(
+                f"{name} must have squared lengths below {most:.2g}, or scores overflow {dtype_name(x)}; row {row} has "
+                "not: scale the vectors, or use the metric 'cosine'"
+            )
+        return xp, x
 
     def _codes(self, xp: Any, x: Array) -> Array:
         return self._kernels(xp).hash_codes(x, self._planes)
@@ -448,6 +503,16 @@ class LSHIndex:
             max(held.next_id, more.next_id),
         )
 
+    def _distances(self, xp: Any, q: Array, x: Array, places: Array, each: int) -> Array:
+        """|q - x[places]| for `each` places a query, (m * each,), some rows at a time."""
+        step = max(1, GATHERED // self.settings.dim)
+        parts = [xp.zeros((0,), dtype=q.dtype, device=device(q))]
+        for low in range(0, places.shape[0], step):
+            some = places[low : min(low + step, places.shape[0])]
+            owner = xp.arange(low, low + some.shape[0], dtype=xp.int64, device=device(q)) // each
+            parts.append(_length(xp, xp.take(x, some, axis=0) - xp.take(q, owner, axis=0)))
+        return xp.concat(parts)
+
     def _bias(self, xp: Any, x: Array) -> Array | None:
         """What is added to q . x so that the nearest scores highest."""
         return -0.5 * xp.vecdot(x, x) if self.settings.metric == "euclidean" else None
@@ -456,8 +521,10 @@ class LSHIndex:
         if filter is None:
             return None
         n = 0 if held is None else held.x.shape[0]
-        if namespace_of(filter=filter) is not xp or dtype_name(filter) != "bool":
-            raise TypeError(f"filter must be a bool array of the library of q, got {dtype_name(filter)}")
+        ours = namespace_of(filter=filter)
+        if ours is not xp or dtype_name(filter) != "bool":
+            given = f"{dtype_name(filter)} of {library(ours)}"
+            raise TypeError(f"filter must be a bool array of {library(xp)}, as q is, got {given}")
         if tuple(filter.shape) != (n,):
             raise ValueError(f"filter must have shape ({n},), one entry a vector held, got {tuple(filter.shape)}")
         return filter
@@ -479,7 +546,9 @@ class LSHIndex:
             raise ValueError(f"ids must be new to the index; {_few(taken)} {_are(taken)} held already")
 
 
-GATHERED = 1 << 22  # numbers of vectors fetched at once by range_search
+GATHERED = 1 << 22  # numbers of vectors fetched at once
+TRIED = 8  # settings that tune measures by searching, where max_candidates cuts searches short
+MOST_IDS = 2**63 - 1
 
 
 def _unit(xp: Any, x: Array, squares: Array) -> Array:
@@ -493,6 +562,14 @@ def _unit(xp: Any, x: Array, squares: Array) -> Array:
     return x / xp.where(length > 0, length, 1.0)
 
 
+def _read_only(array: Array) -> Array:
+    if not isinstance(array, np.ndarray):
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def _length(xp: Any, x: Array) -> Array:
     return xp.sqrt(xp.vecdot(x, x))
 
@@ -502,10 +579,12 @@ def _ids(ids: Array) -> np.ndarray:
     numbers = to_host(ids) if hasattr(ids, "shape") else np.asarray(ids)
     if numbers.size == 0 and numbers.ndim == 1:
         return np.zeros(0, np.int64)
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-        raise ValueError(f"ids must be a list of whole numbers, got {numbers.dtype} of shape {numbers.shape}")
-    if numbers.dtype.kind == "u" and numbers.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"ids must be below 2**63, got {int(numbers.max())}")
+    large = numbers.dtype.kind == "O" and numbers.ndim == 1 and all(isinstance(number, int) for number in numbers)
+    if numbers.ndim != 1 or not (large or numbers.dtype.kind in "iu"):
+        given = f"{numbers.dtype} of shape {numbers.shape}" if numbers.ndim else repr(ids)
+        raise ValueError(f"ids must be a list of whole numbers, got {given}")
+    if large or (numbers.dtype.kind == "u" and numbers.max() > np.iinfo(np.int64).max):
+        raise ValueError(f"ids must be below 2**63, got {max(numbers.tolist(), key=abs)}")
     return numbers.astype(np.int64)
 
 

@@ -21,7 +21,8 @@ FORMAT = "opoch_xp.LSHIndex"
 VERSION = 1
 SUFFIX = ".safetensors"
 CHUNK = 1 << 22  # bytes read at once for the checksum
-PLANES = 1 << 30  # bytes of hyperplanes that a small index may have
+SMALL = 1 << 26  # bytes of hyperplanes that an index may need whatever it holds,
+TABLES = 1 << 12  # and tables
 CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{8})"')
 KINDS = {"x": ("F32", "F64"), "ids": ("I64",), "codes": ("U16", "U32", "I64"), "order": ("I32", "I64")}
 
@@ -46,7 +47,7 @@ def write(path: Path, settings: Settings, next_id: int, arrays: dict[str, np.nda
 def read(path: Path, mmap: bool) -> tuple[Settings, int, dict[str, np.ndarray]]:
     """(settings, next_id, arrays) of an index, checked; ValueError where anything does not fit."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
         header = tensors.read_header(path, file)
         settings, next_id = _settings(path, header)
@@ -56,7 +57,7 @@ def read(path: Path, mmap: bool) -> tuple[Settings, int, dict[str, np.ndarray]]:
         entries = {name: header.entry(name, kinds) for name, kinds in KINDS.items()}
         _check_shapes(path, settings, entries)
         _check_sum(path, header, file)
-        arrays = {n: tensors.mapped(path, e) if mmap else tensors.read(file, e) for n, e in entries.items()}
+        arrays = {n: tensors.mapped(file, e) if mmap else tensors.read(file, e) for n, e in entries.items()}
     _check_contents(path, settings, next_id, arrays)
     return settings, next_id, arrays
 
@@ -85,8 +86,10 @@ def _check_shapes(path: Path, settings: Settings, entries: dict[str, tensors.Ent
         if entries[name].shape != shape:
             raise ValueError(f"{path}: {name} has shape {entries[name].shape}, expected {shape}")
     held, planes = sum(entry.bytes for entry in entries.values()), 4 * settings.dim * settings.bits * tables
-    if planes > max(PLANES, held):
-        raise ValueError(f"{path}: {settings} needs {planes:,} bytes of hyperplanes for {held:,} bytes of index")
+    if planes > max(SMALL, held) or tables > max(TABLES, held):
+        raise ValueError(
+            f"{path}: {tables:,} tables with {planes:,} bytes of hyperplanes do not fit {held:,} bytes of index"
+        )
 
 
 def _check_sum(path: Path, header: tensors.Header, file: BinaryIO) -> None:

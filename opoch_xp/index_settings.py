@@ -21,12 +21,17 @@ class Settings:
     max_candidates: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole("dim", self.dim, 1)
-        check_whole("bits", self.bits, 0, MOST_BITS)
-        check_whole("tables", self.tables, 1)
-        check_whole("probes", self.probes, 1, 2**self.bits)
-        check_whole("seed", self.seed, 0)
+        self._whole("dim", 1)
+        self._whole("bits", 0, MOST_BITS)
+        self._whole("tables", 1)
+        self._whole("probes", 1, 2**self.bits)
+        self._whole("seed", 0)
         if self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {self.metric!r}")
         if self.max_candidates is not None:
-            check_whole("max_candidates", self.max_candidates, 1)
+            self._whole("max_candidates", 1)
+
+    def _whole(self, name: str, low: int, high: int | None = None) -> None:
+        """Checks a field and makes it Python's own int, whose range has no end."""
+        check_whole(name, getattr(self, name), low, high)
+        object.__setattr__(self, name, int(getattr(self, name)))

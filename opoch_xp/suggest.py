@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, log, log2
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,10 @@ def suggest(dim: int, n: int, *, recall: float = 0.9, angle: float = 30.0) -> Su
     (True, True)
     """
     check_whole("dim", dim, 1)
-    check_whole("n", n, 1)
+    check_whole("n", n, 1, 2**63 - 1)
     _check_share("recall", recall, one=False)
-    if isinstance(angle, bool) or not isinstance(angle, int | float) or not 0 <= angle < 90:
+    dim, n = int(dim), int(n)
+    if isinstance(angle, bool) or not isinstance(angle, Real) or not 0 <= float(angle) < 90:
         raise ValueError(f"angle must be in degrees, at least 0 and below 90, got {angle!r}")
     best = Suggestion(0, 1, 1, 1.0, float(n))
     theta = np.radians(angle)
@@ -82,8 +84,8 @@ def suggest(dim: int, n: int, *, recall: float = 0.9, angle: float = 30.0) -> Su
     return best
 
 
-def _check_share(name: str, share: float, one: bool) -> None:
-    if isinstance(share, bool) or not isinstance(share, int | float) or not (0 < share < 1 or (one and share == 1)):
+def _check_share(name: str, share: object, one: bool) -> None:
+    if isinstance(share, bool) or not isinstance(share, Real) or not (0 < float(share) < 1 or (one and share == 1)):
         raise ValueError(f"{name} must be a share above 0 and {'at most' if one else 'below'} 1, got {share!r}")
 
 
@@ -116,8 +118,9 @@ def _chance(bits: int, probes: int, theta: float) -> float:
     return float(hit.mean())
 
 
-def tuned(xp: Any, kernels: Any, q: Array, x: Array, truth: Array, recall: float, seed: int) -> Suggestion:
-    """The cheapest settings that find the share `recall` of `truth` (m, k), the places in x of each query's neighbours.
+def tuned(xp: Any, kernels: Any, q: Array, x: Array, truth: Array, recall: float, seed: int) -> list[Suggestion]:
+    """Settings that find the share `recall` of `truth` (m, k), the places in x of each query's neighbours; the cheapest
+    first.
 
     Measured: in which buckets of which tables the neighbours are, and how many of a sample of x are in those buckets.
     """
@@ -126,7 +129,7 @@ def tuned(xp: Any, kernels: Any, q: Array, x: Array, truth: Array, recall: float
     neighbours = xp.take(x, xp.reshape(truth, (-1,)), axis=0)
     step = -(-n // SAMPLE)
     sample = x[::step, :]
-    best = Suggestion(0, 1, 1, 1.0, float(n))
+    settings = [Suggestion(0, 1, 1, 1.0, float(n))]
     top = ceil(log2(max(n, 2)))
     for bits in range(max(1, top - 10), min(MOST_BITS, top + 4) + 1, 2):
         planes = random_hyperplanes(x.shape[1], bits, MOST_TABLES, seed)
@@ -149,6 +152,5 @@ def tuned(xp: Any, kernels: Any, q: Array, x: Array, truth: Array, recall: float
                 ends = (np.searchsorted(ordered[table], first[:, table], side=side) for side in ("right", "left"))
                 entries += int(np.sum(next(ends) - next(ends)))
             mean = entries / m * n / sample.shape[0]
-            setting = Suggestion(bits, tables, probes, float(found[tables - 1]), mean)
-            best = min(best, setting, key=lambda suggestion: suggestion.cost)
-    return best
+            settings.append(Suggestion(bits, tables, probes, float(found[tables - 1]), mean))
+    return sorted(settings, key=lambda suggestion: suggestion.cost)

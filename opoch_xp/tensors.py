@@ -14,8 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from opoch_xp.writing import whole_file
+
 HEADER_LIMIT = 100_000_000  # bytes of a header: the limit of the format's own library
 ALIGN = 64  # bytes: where data begins in files written here, so that mapped rows lie on cache lines
+LARGEST = 1 << 63
 LENGTH = 8  # bytes of the number before the header
 # bfloat16 is read as its bits
 DTYPES = {
@@ -72,8 +75,8 @@ class Header:
         if dtype not in dtypes:
             raise ValueError(f"{path}: {name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {dtype}")
         whole = (isinstance(number, int) and not isinstance(number, bool) for number in (*shape, begin, end))
-        if not all(whole) or min((*shape, begin, end)) < 0:
-            raise ValueError(f"{path}: {name} has shape {shape} and offsets [{begin}, {end}]: expected whole numbers")
+        if not all(whole) or not all(0 <= number < LARGEST for number in (*shape, begin, end)):
+            raise ValueError(f"{path}: the shape and offsets of {name} must be whole numbers from 0 to 2**63 - 1")
         entry = Entry(dtype, shape, first + begin)
         if end - begin != entry.bytes or first + end > self.size:
             there = max(0, min(end, self.size - first) - begin)
@@ -103,11 +106,11 @@ def read(file: BinaryIO, entry: Entry) -> np.ndarray:
     return np.fromfile(file, entry.kind, math.prod(entry.shape)).reshape(entry.shape)
 
 
-def mapped(path: Path, entry: Entry) -> np.ndarray:
-    """The array of an entry, read-only, where it lies in the file."""
+def mapped(file: BinaryIO, entry: Entry) -> np.ndarray:
+    """The array of an entry, read-only, where it lies in the open file: this file, whatever its name is given to."""
     if entry.bytes == 0:  # which no system maps
         return np.empty(entry.shape, entry.kind)
-    return np.memmap(path, entry.kind, "r", entry.start, entry.shape)
+    return np.memmap(file, entry.kind, "r", entry.start, entry.shape)
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
@@ -127,15 +130,8 @@ def header_of(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
 
 
 def write(path: Path, header: bytes, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file under a temporary name beside `path`, then rename it: it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(len(header).to_bytes(LENGTH, "little") + header)
-            for array in arrays.values():
-                file.write(bytes_of(array))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(len(header).to_bytes(LENGTH, "little") + header)
+        for array in arrays.values():
+            file.write(bytes_of(array))

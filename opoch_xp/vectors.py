@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from opoch_xp.writing import whole_file
+
 NAMES = ("random", "clustered", "embeddings")
 CLUSTER = 100  # vectors of a cluster, on average
 SENTENCES = 12_000  # most that are embedded: a few minutes on two cores, once
@@ -99,9 +101,8 @@ def embeddings() -> np.ndarray:
         return np.load(path, allow_pickle=False)
     x = _embedded(texts)
     home.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.npy")
-    np.save(part, x)
-    part.replace(path)
+    with whole_file(path) as file:
+        np.save(file, x)
     return x
 
 

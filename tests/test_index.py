@@ -407,6 +407,80 @@ def test_readers_see_the_index_before_or_after_a_change(backend: Backend) -> Non
     assert len(index) == 100
 
 
+def test_the_index_keeps_copies(backend: Backend) -> None:
+    for metric in METRICS:
+        x, ids = normal(0, 40, 5), np.arange(40)
+        index = ox.LSHIndex(5, bits=3, tables=4, metric=metric, backend=backend.name)
+        given_x = backend.array(x)
+        returned = index.add(given_x, ids)
+        for array in (given_x, returned):
+            array[...] = 0
+        ids[:] = 0
+        assert backend.numpy(index.ids).tolist() == list(range(40))
+        assert backend.numpy(index.search(backend.array(x), 1, exact=metric != "inner").ids).min() >= 0
+        if metric != "cosine":
+            np.testing.assert_array_equal(backend.numpy(index.vectors), x)
+        if isinstance(index.vectors, np.ndarray):
+            with pytest.raises(ValueError, match="read-only"):
+                index.vectors[0] = 0
+
+
+def test_no_queries_find_nothing(backend: Backend) -> None:
+    index, none = made(backend, normal(0, 40, 5), bits=3, probes=2), backend.array(normal(1, 0, 5))
+    assert lists(backend, index.candidates(none)) == []
+    assert lists(backend, index.range_search(none, 0.0)) == []
+    for exact in (False, True):
+        found = index.search(none, 3, exact=exact)
+        assert found.ids.shape == found.scores.shape == (0, 3)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Any) -> None:
+    x = normal(0, 60, 5)
+    for kind in (np.int8, np.uint8, np.int16, np.uint64, np.int64):
+        index = ox.LSHIndex(kind(5), bits=kind(12), tables=kind(3), probes=kind(9), max_candidates=kind(50))
+        assert (
+            repr(index) == "LSHIndex(dim=5, bits=12, tables=3, probes=9, metric='cosine', seed=0, "
+            "max_candidates=50) of 0 vectors"
+        )
+        index.add(x)
+        index.save(tmp_path / "index.safetensors")
+        assert index.stats().expected == 2.0**-12
+        near = index.search(x, kind(2))
+        assert index.range_search(x[:1], near.scores[0, 0] - np.float32(1e-5)).ids.tolist() == [0]
+    assert ox.suggest(np.int64(8), np.int32(1000), recall=np.float32(0.5), angle=np.int64(30)).recall >= 0.5
+
+
+def test_equal_distances_come_in_the_order_of_addition(backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    q, away = (rng.integers(-64, 64, (n, 4)).astype(np.float32) / 64 for n in (1, 30))
+    index = made(backend, np.concatenate([q + away, q - away]), bits=0, tables=1, metric="euclidean")
+    found = backend.numpy(index.search(backend.array(q), 60, exact=True).ids)[0]
+    length = np.linalg.norm(np.concatenate([away, away]).astype(np.float64), axis=1)
+    assert found.tolist() == sorted(range(60), key=lambda i: (length[i], i))
+
+
+def test_vectors_whose_scores_would_overflow_are_refused(backend: Backend) -> None:
+    x = normal(0, 5, 4)
+    x[3] *= 1e20
+    for metric in ("inner", "euclidean"):
+        with pytest.raises(ValueError, match="x must have squared lengths below 8.5e.37, .* row 3 has not"):
+            made(backend, x, metric=metric)
+    assert backend.numpy(made(backend, x, metric="cosine").search(backend.array(x), 1, exact=True).ids).T.tolist() == [
+        [0, 1, 2, 3, 4]
+    ]
+
+
+def test_the_last_id_there_can_be(backend: Backend) -> None:
+    index = made(backend, normal(0, 1, 4), [2**63 - 2])
+    with pytest.raises(ValueError, match="ids must be given: there are none left above the highest"):
+        index.add(backend.array(normal(1, 2, 4)))
+    index.add(backend.array(normal(1, 1, 4)), [5])
+    for ids in ([2**64], np.array([2**63], dtype=np.uint64)):
+        with pytest.raises(ValueError, match=f"ids must be below 2..63, got {int(ids[0])}"):
+            index.add(backend.array(normal(1, 1, 4)), ids)
+    assert sorted(backend.numpy(index.ids).tolist()) == [5, 2**63 - 2]
+
+
 def test_writers_wait_for_one_another(backend: Backend) -> None:
     index = ox.LSHIndex(4, bits=3, tables=2, backend=backend.name)
     with ThreadPoolExecutor(4) as pool:
@@ -462,6 +536,14 @@ def test_tuned_settings_reach_the_recall_on_the_queries_they_were_tuned_on(backe
     assert np.mean(entries) == pytest.approx(found.candidates)  # no sample: all vectors were counted
     assert index.settings.bits == 16
     assert index.tune(backend.array(q), 10, 1.0).recall == 1.0
+    capped = made(backend, x, metric="euclidean", max_candidates=200)
+    found = capped.tune(backend.array(q), 10, 0.9)
+    ids = backend.numpy(capped.rebuilt(**found.settings).search(backend.array(q), 10).ids)
+    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(ids, truth, strict=True)])
+    assert recall == pytest.approx(found.recall)
+    assert recall >= 0.9
+    with pytest.raises(ValueError, match="no settings tried find the share 0.9 with max_candidates=5: the best"):
+        made(backend, x, metric="euclidean", max_candidates=5).tune(backend.array(q), 10, 0.9)
 
 
 def test_rebuilt_keeps_vectors_and_ids(backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from test_index import lists, made, normal
 
 import opoch_xp as ox
-from opoch_xp import index_file, tensors
+from opoch_xp import index_file, tensors, writing
 
 pytestmark = pytest.mark.dynamic_shapes
 
@@ -38,6 +39,10 @@ def test_what_was_saved_comes_back(backend: Backend, tmp_path: Path, bits: int, 
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     q = backend.array(normal(1, 12, 5))
     like = None if backend.option in ("numpy", "generic") else q
+    if mmap and like is not None:
+        with pytest.raises(ValueError, match="choose one"):
+            ox.LSHIndex.load(path, mmap=mmap, like=like)
+        return
     loaded = ox.LSHIndex.load(path, mmap=mmap, like=like, backend=backend.name)
     assert loaded.settings == index.settings
     assert lists(backend, loaded.candidates(q)) == lists(backend, index.candidates(q))
@@ -87,7 +92,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeyp
     def full(descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(tensors.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     index = ox.LSHIndex(5)
     index.add(normal(0, 4, 5))
     with pytest.raises(OSError, match="no space left"):
@@ -98,6 +103,35 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeyp
         index.save(tmp_path / "index.npz")
     with pytest.raises(FileNotFoundError, match="no such file"):
         ox.LSHIndex.load(tmp_path / "other.safetensors")
+
+
+def test_a_file_that_is_replaced_while_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked is what is used, whatever stands under the name by then."""
+    path, mapped = tmp_path / "index.safetensors", tensors.mapped
+    first, second = ox.LSHIndex(5), ox.LSHIndex(5)
+    first.add(normal(0, 20, 5))
+    second.add(normal(1, 30, 5))
+    first.save(path)
+
+    def replaced(file: Any, entry: tensors.Entry) -> np.ndarray:
+        second.save(path)
+        return mapped(file, entry)
+
+    monkeypatch.setattr(tensors, "mapped", replaced)
+    loaded = ox.LSHIndex.load(path, mmap=True)
+    np.testing.assert_array_equal(loaded.vectors, first.vectors)
+
+
+def test_threads_that_save_to_one_name_leave_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "index.safetensors"
+    indexes = [ox.LSHIndex(5, seed=seed) for seed in range(4)]
+    for seed, index in enumerate(indexes):
+        index.add(normal(seed, 20 + seed, 5))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            list(pool.map(lambda index: index.save(path), indexes))
+            assert len(ox.LSHIndex.load(path)) in (20, 21, 22, 23)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def refused(folder: Path, contents: bytes, words: str | None = None) -> None:
@@ -182,8 +216,8 @@ def _metadata(**values: Any) -> Any:
         (_with_settings(probes=0), "probes must be"),
         (_with_settings(next_id=4), "ids must differ and be from 0 to 3"),
         (_entry("x", shape=[1 << 40, 5]), "needs .* bytes, the file holds"),
-        (_entry("x", shape=[-20, -5]), "expected whole numbers"),
-        (_entry("x", shape=[True, 100]), "expected whole numbers"),
+        (_entry("x", shape=[-20, -5]), "must be whole numbers from 0 to 2\\*\\*63"),
+        (_entry("x", shape=[True, 100]), "must be whole numbers from 0 to 2\\*\\*63"),
         (_entry("x", dtype="F16", shape=[20, 10]), "x must be F32 or F64, got F16"),
         (_entry("x", dtype="I32"), "x must be F32 or F64, got I32"),
         (_entry("ids", shape=[4, 5]), "ids has shape"),

@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_cli import refused, run, table_of
 
 from opoch_xp import vectors
-from opoch_xp.cli import needle
+from opoch_xp.cli import needle, tables
 from opoch_xp.index import LSHIndex
 
 
@@ -112,6 +113,20 @@ def test_the_figures_are_what_they_are_called() -> None:
     assert row.expected == pytest.approx(1 - (1 - (1 - np.arccos(0.8) / np.pi) ** 5) ** 4, rel=1e-3)
 
 
+def test_fewer_vectors_than_the_fifty_best() -> None:
+    x, q, needles = vectors.make("random", 10, 5, 12)
+    row = needle.row_of(x, q, needles, needle.brute_force(x, q), LSHIndex(12, 0, 1))
+    assert row.recall == row.top1 == 1.0
+
+
+def test_figures_that_json_has_not_are_null(tmp_path) -> None:
+    figures = tmp_path / "needle.json"
+    run("needle", "--n", 200, "--queries", 5, "--bits", 62, "--tables", 1, "--cosine", 0, "--json", figures)
+    (row,) = json.loads(figures.read_text(), parse_constant=lambda name: pytest.fail(name))[0]["rows"]
+    assert row["candidates"] == 0
+    assert row["sigmas"] is row["ratio"] is None
+
+
 def test_published_settings_have_four_bits_more_at_a_million() -> None:
     setup = needle.Setup("random", (), (), 1, 64, 10, 0.9, 0)
     assert setup.settings_for(100_000) == ((12, 16), (10, 20), (8, 32), (6, 50))
@@ -122,3 +137,25 @@ def test_what_the_command_refuses(tmp_path) -> None:
     assert "go in pairs, got 1 and 0" in refused("needle", "--bits", 4)
     assert "queries from 1 to n" in refused("needle", "--n", 10, "--queries", 50)
     assert "--csv: no folder" in refused("needle", "--csv", tmp_path / "missing" / "a.csv")
+    assert "is a folder, expected the name of a file" in refused("needle", "--csv", tmp_path)
+    assert "--json: expected the name of a file" in refused("needle", "--json", "")
+    both = tmp_path / "both"
+    assert "must name two files" in refused("needle", "--json", both, "--csv", both)
+    assert "FILE: " in refused("report", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_wide_tables_come_in_pages(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal every figure stands whole, beside its row's name."""
+    columns = ["what", *(f"column {number}" for number in range(9))]
+    rows = [[name, *(f"{name}{number:06d}" for number in range(9))] for name in ("a", "b")]
+    sink = tables.Sink()
+    sink.console = Console(width=width, force_terminal=True, color_system=None)
+    sink.show(tables.Table("A table", [], columns, rows))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width
+    for row in rows:
+        for cell in row[1:]:
+            (line,) = (line for line in text.splitlines() if cell in line)
+            assert line.split()[0] == row[0]

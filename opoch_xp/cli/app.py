@@ -134,7 +134,7 @@ def needle(
     seed: Seed = 0,
     json: Json = None,
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write a line a row to FILE as well.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write a line a row to FILE as well (- is stdout).")
     ] = None,
 ) -> None:
     """Random-hyperplane tables: what they find and at what cost, over a sweep of bits and tables.
@@ -155,7 +155,7 @@ def needle(
 @one_line_errors
 def report(
     file: Annotated[Path, typer.Argument(help="The page to write: one HTML file that loads nothing.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Of the wall, and the most of the sweep.")] = 65_536,
+    tokens: Annotated[int, typer.Option(min=4096, help="Of the wall, and the most of the sweep.")] = 65_536,
     vectors: Annotated[int, typer.Option(min=1, help="That needles are planted among.")] = 100_000,
     seed: Seed = 0,
 ) -> None:

@@ -162,7 +162,8 @@ def row_of(x: np.ndarray, q: np.ndarray, needles: np.ndarray, brute: Brute, inde
         return built - start, perf_counter() - built, found
 
     (build, query, found), _, extra = timed(build_and_search)
-    shares = np.array([len(np.intersect1d(a, b)) for a, b in zip(found, brute.best, strict=True)]) / min(NEIGHBOURS, n)
+    wanted = brute.best[:, : min(NEIGHBOURS, n)]
+    shares = np.array([len(np.intersect1d(a, b)) for a, b in zip(found, wanted, strict=True)]) / wanted.shape[1]
     share, ratio, sigmas, hits = _candidate_figures(x, q, needles, index)
     match = 1 - np.arccos(np.clip(np.sum(q * x[needles], axis=1), -1, 1)) / np.pi
     chance = 1 - (1 - match**settings.bits) ** settings.tables

@@ -2,7 +2,6 @@
 
 import html
 import io
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from opoch_xp.cli import needle, tables, wall
 from opoch_xp.cli.rows import Input, Row, exact_row, method_row
 from opoch_xp.cli.tables import Table
 from opoch_xp.tune import ladder
+from opoch_xp.writing import check_target, whole_file
 
 SMALLEST = 4096  # tokens of the sweep
 WITHIN = 0.05  # error that every point of the sweep keeps
@@ -51,12 +51,11 @@ class Point:
 def write_report(setup: Setup) -> None:
     """Measure everything and write the page, whole or not at all.
 
-    Raises ImportError without matplotlib, FileNotFoundError when the file's folder is not there.
+    Raises ImportError without matplotlib, FileNotFoundError or IsADirectoryError when the file cannot stand there.
     """
     if find_spec("matplotlib") is None:
         raise ImportError('the plots need matplotlib: pip install "opoch-xp[report]"')
-    if not setup.path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {setup.path.absolute().parent}")
+    check_target("FILE", setup.path)
     plan = wall.plans(wall.Setup(WORKLOAD, setup.tokens, 64, 1, True, "numpy", setup.seed))[0]
     usual = [method for _, method in plan.methods]
     more = [method for method in ladder(setup.tokens) if method not in usual]
@@ -71,7 +70,8 @@ def write_report(setup: Setup) -> None:
         found = [needle.measure(one, setup.vectors, begin) for one in asked]
         points = [sweep_point(size, setup.seed, begin) for size in sizes]
     needles = [{**facts, "rows": [asdict(row) for row in measured]} for measured, facts in found]
-    write_page(setup.path, page(wall.table(plan, rows, about), rows, needles, points))
+    with whole_file(setup.path) as file:
+        file.write(page(wall.table(plan, rows, about), rows, needles, points).encode())
 
 
 def sweep_point(tokens: int, seed: int, begin: Begin) -> Point:
@@ -102,12 +102,6 @@ def page(wall_table: Table, rows: list[Row], needles: list[dict[str, Any]], poin
         _section(_sweep_table(points), _time_against_tokens(points, kept) + _memory_against_tokens(points, kept)),
     ]
     return PAGE.format(title="opoch-xp report", style=STYLE, body="\n".join(parts))
-
-
-def write_page(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 STYLE = """

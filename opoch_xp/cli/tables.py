@@ -3,10 +3,10 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from opoch_xp.methods import LSH, Method
+from opoch_xp.writing import check_target, whole_file
 
+STDOUT = "-"
+GUTTER = 2  # spaces between columns
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")  # powers of 1,000
 
 
@@ -36,35 +39,38 @@ class Table:
 class Sink:
     """Where a command's results go: tables to stdout, and the same figures to a JSON or CSV file if one was named.
 
-    Raises FileNotFoundError before anything is measured when a file's folder is not there.
+    "-" is stdout; tables then go to stderr. Raises FileNotFoundError or IsADirectoryError before anything is measured
+    when a file cannot stand where it was named, ValueError when two are named alike.
     """
 
     def __init__(self, json_path: Path | None = None, csv_path: Path | None = None) -> None:
         self.json_path, self.csv_path = json_path, csv_path
-        for option, path in (("--json", json_path), ("--csv", csv_path)):
-            if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
-                raise FileNotFoundError(f"{option}: no folder {path.absolute().parent}")
-        self.console = Console(stderr=self._json_to_stdout, highlight=False)
-
-    @property
-    def _json_to_stdout(self) -> bool:
-        return str(self.json_path) == "-"
+        named = {"--json": json_path, "--csv": csv_path}
+        for option, path in named.items():
+            if path is not None and str(path) != STDOUT:
+                check_target(option, path)
+        if json_path is not None and json_path == csv_path:
+            raise ValueError(f"--json and --csv must name two files, got {json_path} twice")
+        self.console = Console(stderr=STDOUT in map(str, named.values()), highlight=False)
 
     def show(self, table: Table) -> None:
         """Print a table; as Markdown where the output is no terminal, at full width, so that it can be pasted."""
         if not self.console.is_terminal:
             self.console.file.write(_markdown(table))
             return
-        grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(table.columns):
-            text = number < table.text_columns
-            grid.add_column(column, justify="left" if text else "right", overflow="fold", no_wrap=not text)
-        for row in table.rows:
-            grid.add_row(*(Text(cell) for cell in row))
         self.console.print(Text(table.title, style="bold"))
         for line in table.about:
             self.console.print(Text(line))
-        self.console.print(grid)
+        for columns in _pages(table, self.console.width):
+            grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+            for number in columns:
+                text = number < table.text_columns
+                grid.add_column(
+                    table.columns[number], justify="left" if text else "right", overflow="fold", no_wrap=not text
+                )
+            for row in table.rows:
+                grid.add_row(*(Text(row[number]) for number in columns))
+            self.console.print(grid)
         for line in table.notes:
             self.console.print(Text(line, style="dim"))
         self.console.print()
@@ -73,11 +79,7 @@ class Sink:
         """The figures of every table, whole or not at all."""
         if self.json_path is None:
             return
-        text = json.dumps(results, indent=2)
-        if self._json_to_stdout:
-            print(text)
-            return
-        _write(self.json_path, text + "\n")
+        _write(self.json_path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
     def write_csv(self, rows: Sequence[dict[str, Any]]) -> None:
         """One line a row of every table, the columns named in the first, whole or not at all."""
@@ -91,10 +93,36 @@ class Sink:
 
 
 def _write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+    """To stdout, or to the file, whole or not at all."""
+    if str(path) == STDOUT:
+        print(text, end="")
+        return
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def _finite(figures: Any) -> Any:
+    """The same with None for numbers that JSON has not."""
+    if isinstance(figures, dict):
+        return {key: _finite(value) for key, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [_finite(value) for value in figures]
+    return None if isinstance(figures, float) and not isfinite(figures) else figures
+
+
+def _pages(table: Table, width: int) -> list[list[int]]:
+    """The columns, in pages that fit the width beside the columns of text, which lead each; text may be folded."""
+    wide = [max(map(len, (name, *(row[number] for row in table.rows)))) for number, name in enumerate(table.columns)]
+    lead = list(range(table.text_columns))
+    room = width - sum(min(wide[number] + GUTTER, width // 2) for number in lead)
+    pages, left = [lead.copy()], room
+    for number in range(table.text_columns, len(table.columns)):
+        if wide[number] + GUTTER > left and len(pages[-1]) > len(lead):
+            pages.append(lead.copy())
+            left = room
+        pages[-1].append(number)
+        left -= wide[number] + GUTTER
+    return pages
 
 
 def _markdown(table: Table) -> str:

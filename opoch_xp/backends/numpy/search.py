@@ -42,7 +42,8 @@ def sort_tables(codes: Array, bits: int) -> Tables:
     offsets = np.zeros((tables, 2**bits + 1), order.dtype) if 2**bits <= ROOM * n else None
 
     def sort(table: int) -> None:
-        order[table] = stable_order(codes[table])
+        ascends = bool((codes[table, 1:] >= codes[table, :-1]).all())
+        order[table] = np.arange(n) if ascends else stable_order(codes[table])
         np.take(codes[table].astype(small, copy=False), order[table], out=ordered[table])
         if offsets is not None:
             np.cumsum(np.bincount(codes[table], minlength=2**bits), out=offsets[table, 1:])
@@ -146,8 +147,8 @@ def _runs(tables: Tables, codes: Array, limit: int | None) -> tuple[Array, Array
             look_up(table)
     else:
         run(look_up, range(count))
-    starts = np.ascontiguousarray(begin.reshape(-1, m).T)
-    reads = np.ascontiguousarray((end - begin).reshape(-1, m).T)
+    starts = np.ascontiguousarray(begin.reshape(probes * count, m).T)
+    reads = np.ascontiguousarray((end - begin).reshape(probes * count, m).T)
     if limit is not None:
         before = np.cumsum(reads, axis=1, dtype=np.int64) - reads
         reads = np.minimum(reads, np.maximum(limit - before, 0)).astype(reads.dtype)
