@@ -1,78 +1,27 @@
 """LSHIndex: nearest vectors by random-hyperplane tables, for arrays of any library."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from numbers import Real
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from array_api_compat import device
 
 from opoch_xp import index_file
-from opoch_xp.arguments import DTYPES, dtype_name, namespace_of, to_host
-from opoch_xp.backends import kernels_for, library
+from opoch_xp.arguments import namespace_of, to_host
+from opoch_xp.backends import kernels_for
 from opoch_xp.buckets import Tables
 from opoch_xp.hashing import random_hyperplanes
+from opoch_xp.index_arguments import allowed_by, are, check_different, check_free, few, new_ids, numbers_of, vectors
 from opoch_xp.index_settings import Settings
+from opoch_xp.index_values import Candidates, Contents, InRange, Neighbours, Stats, stats_of
 from opoch_xp.methods import check_whole
 from opoch_xp.probing import probe_codes
 from opoch_xp.suggest import Suggestion, tuned
 
 Array = Any
-
-
-class Candidates(NamedTuple):
-    """offsets (m + 1,) and ids (total,) int64: those of query i are ids[offsets[i] : offsets[i + 1]]."""
-
-    offsets: Array
-    ids: Array
-
-
-class Neighbours(NamedTuple):
-    """ids (m, k) int64 and scores (m, k), best first; -1 and -inf where fewer than k were found."""
-
-    ids: Array
-    scores: Array
-
-
-class InRange(NamedTuple):
-    """offsets (m + 1,), ids (total,) int64 and scores (total,): those of query i are at offsets[i] : offsets[i + 1]."""
-
-    offsets: Array
-    ids: Array
-    scores: Array
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The vectors of an index at one moment: never changed, only replaced, so that a reader sees all of it or none.
-
-    x (n, dim), of unit length where the metric is cosine; ids (n,) int64; next_id is above every id there ever was.
-    """
-
-    x: Array
-    ids: Array
-    tables: Tables
-    next_id: int
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an index holds.
-
-    size: vectors; occupied: buckets that hold any, over all tables; largest: vectors in the largest; histogram[i]:
-    buckets of 2**i to 2**(i + 1) - 1 vectors. expected: chance that two random directions share a bucket of one table,
-    2**-bits; observed: share of the pairs of vectors held that do, mean over tables. bytes: vectors, ids and tables.
-    """
-
-    size: int
-    occupied: int
-    largest: int
-    histogram: tuple[int, ...]
-    expected: float
-    observed: float
-    bytes: int
 
 
 class LSHIndex:
@@ -156,14 +105,14 @@ class LSHIndex:
         """
         with self._writing:
             held = self._contents
-            xp, x = self._vectors("x", x, held)
+            xp, x = vectors("x", x, self.settings, held)
             next_id = held.next_id if held else 0
             if ids is None:
                 if next_id + x.shape[0] > MOST_IDS:
                     raise ValueError(f"ids must be given: there are none left above the highest, {next_id - 1}")
                 numbers = np.arange(next_id, next_id + x.shape[0], dtype=np.int64)
             else:
-                numbers = self._new_ids(ids, x.shape[0], held)
+                numbers = new_ids(ids, x.shape[0], held)
             codes = self._codes(xp, x)
             next_id = max(next_id, int(numbers.max(initial=-1)) + 1)
             where = device(x)
@@ -175,13 +124,13 @@ class LSHIndex:
     def remove(self, ids: Array) -> None:
         """Remove vectors by id. Raises ValueError for an id that is not held or given twice."""
         with self._writing:
-            numbers = _ids(ids)
+            numbers = numbers_of(ids)
             held = self._contents
             known = np.zeros(0, np.int64) if held is None else to_host(held.ids)
             unknown = np.setdiff1d(numbers, known)
             if len(unknown):
-                raise ValueError(f"ids must be held by the index; {_few(unknown)} {_are(unknown)} not")
-            _check_different(numbers)
+                raise ValueError(f"ids must be held by the index; {few(unknown)} {are(unknown)} not")
+            check_different(numbers)
             if held is None or len(numbers) == 0:
                 return
             xp = namespace_of(x=held.x)
@@ -213,9 +162,9 @@ class LSHIndex:
             return
         with self._writing:
             held = self._contents
-            xp, _ = self._vectors("other", more.x, held)
+            xp, _ = vectors("other", more.x, self.settings, held)
             if held is not None:
-                self._check_free(to_host(more.ids), held)
+                check_free(to_host(more.ids), held)
             self._contents = self._joined(xp, held, more)
 
     def candidates(self, q: Array) -> Candidates:
@@ -224,7 +173,7 @@ class LSHIndex:
         Cost: hashing and a look-up in every table, and a sort of the entries of the buckets. Raises as `search`.
         """
         contents = self._contents
-        xp, q = self._vectors("q", q, contents)
+        xp, q = vectors("q", q, self.settings, contents)
         if contents is None:
             nothing = xp.zeros((q.shape[0] + 1,), dtype=xp.int64, device=device(q))
             return Candidates(nothing, nothing[:0])
@@ -247,8 +196,8 @@ class LSHIndex:
         """
         check_whole("k", k, 1)
         contents = self._contents
-        xp, q = self._vectors("q", q, contents)
-        allowed = self._allowed(xp, filter, contents)
+        xp, q = vectors("q", q, self.settings, contents)
+        allowed = allowed_by(xp, filter, contents)
         if contents is None:
             shape = (q.shape[0], k)
             return Neighbours(
@@ -283,7 +232,7 @@ class LSHIndex:
             raise ValueError(f"least must be a score, got {least!r}")
         least = float(least)
         contents = self._contents
-        xp, q = self._vectors("q", q, contents)
+        xp, q = vectors("q", q, self.settings, contents)
         m = q.shape[0]
         if contents is None:
             nothing = xp.zeros((m + 1,), dtype=xp.int64, device=device(q))
@@ -307,23 +256,7 @@ class LSHIndex:
 
     def stats(self) -> Stats:
         """Sizes of the buckets, how often vectors share one, and memory. Cost: a pass over the tables."""
-        settings, contents = self.settings, self._contents
-        expected = 2.0**-settings.bits
-        n = 0 if contents is None else contents.x.shape[0]
-        if contents is None or n == 0:
-            return Stats(0, 0, 0, (), expected, 0.0, 0)
-        sizes = np.concatenate([_run_lengths(to_host(contents.tables.codes[t, :])) for t in range(settings.tables)])
-        pairs = float(np.sum(sizes.astype(np.float64) * (sizes - 1))) / settings.tables
-        arrays = (contents.x, contents.ids, contents.tables.codes, contents.tables.order, contents.tables.offsets)
-        return Stats(
-            size=n,
-            occupied=len(sizes),
-            largest=int(sizes.max()),
-            histogram=tuple(np.bincount(np.log2(sizes).astype(np.int64)).tolist()),
-            expected=expected,
-            observed=pairs / (n * (n - 1)) if n > 1 else 0.0,
-            bytes=sum(_bytes(array) for array in arrays if array is not None),
-        )
+        return stats_of(self.settings, self._contents)
 
     def tune(self, queries: Array, k: int, recall: float) -> Suggestion:
         """Settings that find the share `recall` of the k true neighbours of these queries (m, dim), by measurement.
@@ -342,7 +275,7 @@ class LSHIndex:
         if contents is None or contents.x.shape[0] == 0:
             raise ValueError("tune needs vectors to measure on: the index is empty")
         check_whole("k", k, 1, contents.x.shape[0])
-        xp, q = self._vectors("queries", queries, contents)
+        xp, q = vectors("queries", queries, self.settings, contents)
         if q.shape[0] == 0:
             raise ValueError("queries must hold at least one query")
         truth = self._kernels(xp).search_buckets(
@@ -436,43 +369,6 @@ class LSHIndex:
     def _kernels(self, xp: Any) -> Any:
         return kernels_for(xp, self.backend)
 
-    def _vectors(self, name: str, x: Array, held: Contents | None) -> tuple[Any, Array]:
-        """The namespace of x, and x as it is hashed and compared; errors in the caller's words."""
-        xp = namespace_of(**{name: x})
-        if dtype_name(x) not in DTYPES:
-            raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype_name(x)}")
-        if x.ndim != 2 or x.shape[1] != self.settings.dim:
-            raise ValueError(f"{name} must be (m, dim) with dim = {self.settings.dim}, got shape {tuple(x.shape)}")
-        if hasattr(x, "detach"):  # PyTorch's: an index has no gradient
-            x = x.detach()
-        if xp.finfo(x.dtype).bits < 32:
-            x = xp.astype(x, xp.float32)
-        if held is not None:
-            ours = namespace_of(x=held.x)
-            if ours is not xp:
-                raise TypeError(f"{name} must be of {library(ours)}, as what the index holds, got {library(xp)}")
-            if x.dtype != held.x.dtype:
-                raise TypeError(
-                    f"{name} must have dtype {dtype_name(held.x)}, as what the index holds, got {dtype_name(x)}"
-                )
-            if str(device(x)) != str(device(held.x)):
-                raise ValueError(f"{name} must be on {device(held.x)}, as what the index holds, got {device(x)}")
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = xp.vecdot(x, x)  # a row that is not finite has none that is
-        if not bool(xp.all(xp.isfinite(squares))) and not bool(xp.all(xp.isfinite(x))):
-            row = int(xp.argmin(xp.astype(xp.all(xp.isfinite(x), axis=1), xp.int8)))
-            raise ValueError(f"{name} must be finite; row {row} is not")
-        if self.settings.metric == "cosine":
-            return xp, _unit(xp, x, squares)
-        most = float(xp.finfo(x.dtype).max) / 4
-        if not bool(xp.all(squares <= most)):
-            row = int(xp.argmax(squares))
-            raise ValueError(
-                f"{name} must have squared lengths below {most:.2g}, or scores overflow {dtype_name(x)}; row {row} has "
-                "not: scale the vectors, or use the metric 'cosine'"
-            )
-        return xp, x
-
     def _codes(self, xp: Any, x: Array) -> Array:
         return self._kernels(xp).hash_codes(x, self._planes)
 
@@ -517,49 +413,10 @@ class LSHIndex:
         """What is added to q . x so that the nearest scores highest."""
         return -0.5 * xp.vecdot(x, x) if self.settings.metric == "euclidean" else None
 
-    def _allowed(self, xp: Any, filter: Array | None, held: Contents | None) -> Array | None:
-        if filter is None:
-            return None
-        n = 0 if held is None else held.x.shape[0]
-        ours = namespace_of(filter=filter)
-        if ours is not xp or dtype_name(filter) != "bool":
-            given = f"{dtype_name(filter)} of {library(ours)}"
-            raise TypeError(f"filter must be a bool array of {library(xp)}, as q is, got {given}")
-        if tuple(filter.shape) != (n,):
-            raise ValueError(f"filter must have shape ({n},), one entry a vector held, got {tuple(filter.shape)}")
-        return filter
-
-    def _new_ids(self, ids: Array, count: int, held: Contents | None) -> np.ndarray:
-        numbers = _ids(ids)
-        if len(numbers) != count:
-            raise ValueError(f"ids must be one for each of the {count} vectors, got {len(numbers)}")
-        if numbers.min(initial=0) < 0:
-            raise ValueError(f"ids must be at least 0, got {int(numbers.min())}")
-        _check_different(numbers)
-        if held is not None:
-            self._check_free(numbers, held)
-        return numbers
-
-    def _check_free(self, numbers: np.ndarray, held: Contents) -> None:
-        taken = np.intersect1d(numbers, to_host(held.ids))
-        if len(taken):
-            raise ValueError(f"ids must be new to the index; {_few(taken)} {_are(taken)} held already")
-
 
 GATHERED = 1 << 22  # numbers of vectors fetched at once
 TRIED = 8  # settings that tune measures by searching, where max_candidates cuts searches short
 MOST_IDS = 2**63 - 1
-
-
-def _unit(xp: Any, x: Array, squares: Array) -> Array:
-    """Rows at unit length, given their squared lengths; zero rows stay zero."""
-    limits = xp.finfo(x.dtype)
-    if bool(xp.all((squares > limits.smallest_normal / limits.eps) & (squares < limits.max))):
-        return x / xp.sqrt(squares)[:, None]
-    top = xp.max(xp.abs(x), axis=1, keepdims=True)  # first, so that squares neither vanish nor overflow
-    x = x / xp.where(top > 0, top, 1.0)
-    length = xp.sqrt(xp.vecdot(x, x))[:, None]
-    return x / xp.where(length > 0, length, 1.0)
 
 
 def _read_only(array: Array) -> Array:
@@ -572,45 +429,6 @@ def _read_only(array: Array) -> Array:
 
 def _length(xp: Any, x: Array) -> Array:
     return xp.sqrt(xp.vecdot(x, x))
-
-
-def _ids(ids: Array) -> np.ndarray:
-    """Ids on the host, (m,) int64."""
-    numbers = to_host(ids) if hasattr(ids, "shape") else np.asarray(ids)
-    if numbers.size == 0 and numbers.ndim == 1:
-        return np.zeros(0, np.int64)
-    large = numbers.dtype.kind == "O" and numbers.ndim == 1 and all(isinstance(number, int) for number in numbers)
-    if numbers.ndim != 1 or not (large or numbers.dtype.kind in "iu"):
-        given = f"{numbers.dtype} of shape {numbers.shape}" if numbers.ndim else repr(ids)
-        raise ValueError(f"ids must be a list of whole numbers, got {given}")
-    if large or (numbers.dtype.kind == "u" and numbers.max() > np.iinfo(np.int64).max):
-        raise ValueError(f"ids must be below 2**63, got {max(numbers.tolist(), key=abs)}")
-    return numbers.astype(np.int64)
-
-
-def _check_different(numbers: np.ndarray) -> None:
-    values, counts = np.unique(numbers, return_counts=True)
-    if len(values) < len(numbers):
-        raise ValueError(f"ids must differ; {_few(values[counts > 1])} given more than once")
-
-
-def _few(numbers: np.ndarray) -> str:
-    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-    return ", ".join(map(str, numbers[:3].tolist())) + more
-
-
-def _are(numbers: np.ndarray) -> str:
-    return "is" if len(numbers) == 1 else "are"
-
-
-def _run_lengths(codes: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of equal codes."""
-    begin = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
-    return np.diff(np.append(begin, len(codes)))
-
-
-def _bytes(array: Array) -> int:
-    return int(np.prod(array.shape)) * np.dtype(dtype_name(array)).itemsize
 
 
 def _moved(xp: Any, array: np.ndarray, where: Any) -> Array:
