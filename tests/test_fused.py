@@ -110,8 +110,11 @@ def test_what_it_takes() -> None:
 
 def test_tree_attention_through_the_kernel_is_that_of_the_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     import opoch_xp as ox
+    from opoch_xp.backends.compiled import wanted
     from opoch_xp.backends.torch import tree
 
+    if wanted():  # the steps of CUDA tensors, on a CPU
+        monkeypatch.setattr("opoch_xp.backends.torch.compiled._here", lambda x: False)
     method = ox.Treecode(block=32, leaf=4, fan=4, branch=4, top=4, group=16, open=4, near=3, own=0)
     q, k, v = (torch.randn(1, 2, 150, 16, generator=torch.Generator().manual_seed(i)).to(WHERE) for i in range(3))
     mask = torch.rand(1, 150, generator=torch.Generator().manual_seed(4)).to(WHERE) < 0.8

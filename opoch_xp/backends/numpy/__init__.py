@@ -1,17 +1,29 @@
-"""NumPy plugin: the kernels in blocks that stay in cache, on all cores.
+"""NumPy plugin: the kernels in blocks that stay in cache, on all cores; compiled ones where Numba is installed, see
+`opoch_xp.backends.compiled`.
 
 Threads: `threads(n)` around a call, or the environment variable OPOCH_NUM_THREADS; by default all cores. See
 `opoch_xp.backends.numpy.pool`.
 """
 
+from opoch_xp.backends.compiled import wanted
 from opoch_xp.backends.generic import synchronize
 from opoch_xp.backends.numpy.buckets import bucket_attention
-from opoch_xp.backends.numpy.exact import exact_attention, merge_part
 from opoch_xp.backends.numpy.hashing import hash_codes
 from opoch_xp.backends.numpy.pool import thread_count, threads
 from opoch_xp.backends.numpy.search import find_candidates, search_buckets, sort_tables
-from opoch_xp.backends.numpy.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
+
+if wanted():
+    from opoch_xp.backends.numpy.compiled import (
+        build_tree,
+        exact_attention,
+        merge_part,
+        query_groups,
+        tree_attention,
+    )
+else:
+    from opoch_xp.backends.numpy.exact import exact_attention, merge_part
+    from opoch_xp.backends.numpy.tree import build_tree, query_groups, tree_attention
 
 __all__ = [
     "COST",

@@ -32,8 +32,6 @@ def thread_count() -> int:
 
     Raises ValueError when OPOCH_NUM_THREADS is not a whole number of at least 1.
     """
-    if ThreadpoolController is None:
-        return 1
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
@@ -100,7 +98,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Resul
             while (number := next(numbers)) < len(tasks):
                 results[number] = function(tasks[number])
 
-    workers = min(thread_count(), len(tasks))
+    workers = min(thread_count() if ThreadpoolController else 1, len(tasks))
     with _one_blas_thread:
         if workers <= 1:
             work()

@@ -1,14 +1,14 @@
-"""PyTorch plugin: the kernels for CPU and CUDA tensors, on PyTorch's own threads.
+"""PyTorch plugin: the kernels for CPU and CUDA tensors, on as many threads as PyTorch has.
+
+CPU tensors go through compiled kernels where Numba is installed: see opoch_xp.backends.compiled.
 
 `precision("bfloat16")` around a call multiplies in bfloat16 on a CPU: see opoch_xp.backends.torch.products.
 """
 
 import torch
 
-from opoch_xp.backends.torch.exact import exact_attention, merge_part
+from opoch_xp.backends.torch.kernels import build_tree, exact_attention, merge_part, query_groups, tree_attention
 from opoch_xp.backends.torch.products import precision
-from opoch_xp.backends.torch.split import query_groups
-from opoch_xp.backends.torch.tree import build_tree, tree_attention
 from opoch_xp.cost import Cost
 
 __all__ = [

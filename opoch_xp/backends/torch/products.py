@@ -32,9 +32,14 @@ def precision(name: str) -> Iterator[None]:
         _dtype.reset(token)
 
 
+def reduced() -> bool:
+    """Whether products in bfloat16 are asked for."""
+    return _dtype.get() != torch.float32
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b for batches of matrices, into `out` where one is given."""
-    if a.dtype != torch.float32 or _dtype.get() == torch.float32 or a.device.type != "cpu":
+    if a.dtype != torch.float32 or not reduced() or a.device.type != "cpu":
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     found = torch.bmm(a.bfloat16(), b.bfloat16())
     return found.float() if out is None else out.copy_(found)
@@ -42,6 +47,6 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out + a @ b, in place."""
-    if a.dtype != torch.float32 or _dtype.get() == torch.float32 or a.device.type != "cpu":
+    if a.dtype != torch.float32 or not reduced() or a.device.type != "cpu":
         return out.baddbmm_(a, b)
     return out.add_(torch.bmm(a.bfloat16(), b.bfloat16()))

@@ -115,6 +115,21 @@ def tree_attention(
     return out, lse
 
 
+def chosen_lists(
+    queries: Tensor,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    axes: Any,
+    method: Treecode,
+    *,
+    scale: float,
+    groups: Tensor,
+) -> Lists | None:
+    """What a gradient must be told of the nodes that were opened: nothing, since it takes the same steps."""
+    return None
+
+
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """x[index] along the first axis, for an index of any shape."""
     return x.index_select(0, index.reshape(-1)).view(*index.shape, *x.shape[1:])
@@ -269,7 +284,7 @@ class Groups:
                 share = torch.bmm(vote if votes is None else vote * votes[:, None], weight)[:, 0]  # (G, m)
                 pick = share.topk(width, dim=1, sorted=False).indices
             else:
-                pick = _places(candidates, lists.opened[len(self.families) - 1 - number])
+                pick = _places(candidates, lists.opened[len(self.families) - 1 - number][:, :width])
             level = Level(number, family, candidates, rows, half, limit, weight, lse, pick)
             self.close(level, lists)
             yield level
@@ -289,7 +304,7 @@ class Groups:
             level.own = left.topk(own, dim=2, sorted=False).indices
             weight.scatter_(2, level.own, 0.0)
         else:
-            level.own = _places(level.candidates[:, None], lists.own)
+            level.own = _places(level.candidates[:, None], lists.own[:, :, :own])
             weight.mul_(far).scatter_(2, level.own, 0.0)
 
     def log_mass(

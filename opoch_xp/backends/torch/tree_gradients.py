@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from opoch_xp.backends.torch.exact import exact_backward
+from opoch_xp.backends.torch.kernels import build_tree, chosen_lists, query_groups
 from opoch_xp.backends.torch.scratch import weights_of
-from opoch_xp.backends.torch.split import finite_rows, query_groups
-from opoch_xp.backends.torch.tree import CACHED, Batch, Groups, Level, batches, build_tree, rows_of, shares
+from opoch_xp.backends.torch.split import finite_rows
+from opoch_xp.backends.torch.tree import CACHED, Batch, Groups, Level, batches, rows_of, shares
 from opoch_xp.forest import key_axes, local_blocks, tier_keys, tier_runs, tiers
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem
-from opoch_xp.tree import Tree
+from opoch_xp.tree import Lists, Tree
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -108,15 +109,17 @@ class TreeGradients:
         lse (T, n), dout (T, n, e), delta (T, n): see `forest_backward`.
         """
         tasks, n, dim = queries.shape
-        queries, finite = finite_rows(queries)
+        given, (queries, finite) = queries, finite_rows(queries)
         groups = query_groups(queries, axes, method)
+        lists = chosen_lists(given, self.tree, first, count, axes, method, scale=scale, groups=groups)
         flat = [x.reshape(tasks * n, *x.shape[2:]) for x in (queries, lse, dout, delta)]
         dq = torch.zeros_like(flat[0])
         kernel = _GroupGradients(self, method, scale)
         for batch in batches(groups, n, first, count, self.tree, method):
             votes = None if finite is None else finite.view(-1)[batch.index].to(queries.dtype)
             q, level, slope, rest = (rows_of(x, batch.index) for x in flat)
-            found = kernel.backward(q, votes, batch, level[..., None], slope, rest[..., None])
+            chosen = None if lists is None else batch.of(lists)
+            found = kernel.backward(q, votes, batch, chosen, level[..., None], slope, rest[..., None])
             dq.index_copy_(0, batch.index.view(-1), found.view(-1, dim))
         return dq.view(tasks, n, dim)
 
@@ -167,15 +170,23 @@ class _GroupGradients(Groups):
         self.into_cells = gradients.cells.view(-1, self.tree.leaf * self.width)
 
     def backward(
-        self, q: Tensor, votes: Tensor | None, batch: Batch, lse: Tensor, dout: Tensor, delta: Tensor
+        self,
+        q: Tensor,
+        votes: Tensor | None,
+        batch: Batch,
+        lists: Lists | None,
+        lse: Tensor,
+        dout: Tensor,
+        delta: Tensor,
     ) -> Tensor:
-        """Gradient of queries q (G, g, d); lse (G, g, 1), dout (G, g, e), delta (G, g, 1)."""
+        """Gradient of queries q (G, g, d), which open `lists` or choose by themselves; lse (G, g, 1), dout (G, g, e),
+        delta (G, g, 1)."""
         scaled = q * self.scale
         seen = torch.isfinite(lse)  # a query that sees nothing, or is not finite, weighs nothing
         lse, delta = torch.where(seen, lse, torch.inf), torch.where(seen, delta, 0.0)
         dout = torch.where(seen, dout, 0.0)
         found = torch.zeros_like(scaled)
-        for level in self.levels(scaled, votes, batch, None):
+        for level in self.levels(scaled, votes, batch, lists):
             self.far_backward(scaled, level, lse, dout, delta, found)
             if level.number == 0:
                 self.near_backward(scaled, level, batch, lse, dout, delta, found)

@@ -1,0 +1,171 @@
+"""Streaming exact attention and the merging of parts, compiled.
+
+A tile is QUERIES queries against KEYS keys: two products, an exponential a pair, and a running maximum and sum a query.
+Source: Dao et al., FlashAttention, 2022.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from opoch_xp.backends.compiled.threads import plain, share
+from opoch_xp.backends.compiled.vector import ROWS, VECTOR, compiled, dots, exponential, mix
+
+Array = Any
+
+QUERIES, KEYS = 128, 256  # of a tile: its logits are 128 kB in float32, its queries 32 kB at d = 64
+TASK = 1 << 19  # pairs of a task, about: 1 ms
+MERGED = 1 << 12  # rows merged by a task
+NONE = np.zeros(0, bool)
+
+
+@compiled
+def attend_rows(
+    q: Array, k: Array, v: Array, mask: Array, last: Array, repeat: int, scale: Any, low: int, high: int, out: Array,
+    lse: Array,
+) -> None:  # fmt: skip
+    """Tiles of queries from low to high: q (heads, n_q, d), k (batch * n_k, d), v (batch * n_k, e), mask (batch * n_k,)
+    or empty; query i sees the keys at positions up to last[i]. Head h has the keys of entry h // repeat.
+
+    Tiles are numbered so that the last rows of every head, which see most keys, come first.
+    """
+    heads, n_q, dim = q.shape
+    n_k, e = k.shape[0] * repeat // heads, v.shape[1]
+    vector = VECTOR // q.itemsize
+    kind, zero = q.dtype, q.dtype.type(0)
+    mass = np.empty((KEYS + ROWS, QUERIES), kind)
+    turned, sums = np.empty((dim, QUERIES), kind), np.empty((e, QUERIES), kind)
+    top, total, next_top = np.empty(QUERIES, kind), np.empty(QUERIES, kind), np.empty(QUERIES, kind)
+    index = np.empty(KEYS + ROWS, np.int64)
+    tiles = -(-n_q // QUERIES)
+    for number in range(low, high):
+        head, first = number % heads, (tiles - 1 - number // heads) * QUERIES
+        count = min(QUERIES, n_q - first)
+        g = -(-count // vector) * vector
+        base = head // repeat * n_k
+        queries, acc = turned.reshape(-1)[: dim * g].reshape(dim, g), sums.reshape(-1)[: e * g].reshape(e, g)
+        logits = mass.reshape(-1)[: (KEYS + ROWS) * g].reshape(KEYS + ROWS, g)
+        for c in range(dim):
+            for j in range(g):
+                queries[c, j] = q[head, first + j, c] * scale if j < count else zero
+        acc[:] = 0
+        top[:] = -np.inf
+        total[:] = 0
+        stop, least = 0, n_k
+        for j in range(count):
+            stop = max(stop, min(n_k, last[first + j] + 1))
+            least = min(least, last[first + j])
+        for start in range(0, stop, KEYS):
+            held = min(KEYS, stop - start)
+            padded = -(-held // ROWS) * ROWS
+            for i in range(padded):
+                index[i] = base + start + (i if i < held else 0)
+            dots(k, index, 0, padded, 0, dim, queries, logits)
+            for i in range(held):
+                if mask.size and not mask[index[i]]:
+                    logits[i, :] = -np.inf
+                elif start + i > least:
+                    for j in range(count):
+                        if start + i > last[first + j]:
+                            logits[i, j] = -np.inf
+            for j in range(g):
+                next_top[j] = top[j]
+            for i in range(held):
+                for j in range(g):
+                    next_top[j] = max(next_top[j], logits[i, j])
+            for j in range(g):
+                if next_top[j] == -np.inf:
+                    next_top[j] = 0
+            if start:
+                for j in range(g):
+                    top[j] = exponential(top[j] - next_top[j])
+                    total[j] *= top[j]
+                for c in range(e):
+                    for j in range(g):
+                        acc[c, j] *= top[j]
+            for j in range(g):
+                top[j] = next_top[j]
+            for i in range(held):
+                for j in range(g):
+                    logits[i, j] = exponential(logits[i, j] - top[j])
+                for j in range(g):
+                    total[j] += logits[i, j]
+            mix(v, index, 0, held, 0, e, logits[:held], acc)
+        for j in range(count):
+            if total[j] == 0:
+                out[head, first + j, :] = 0
+                lse[head, first + j] = -np.inf
+            else:
+                for c in range(e):
+                    out[head, first + j, c] = acc[c, j] / total[j]
+                lse[head, first + j] = top[j] + math.log(total[j])
+
+
+def exact_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    scale: float,
+    mask: Array | None,
+    positions: Array | None,
+    workers: int,
+) -> tuple[Array, Array]:
+    """See opoch_xp.backends.generic.exact.exact_attention."""
+    batch, repeat, n_q, dim = q.shape
+    n_k, width = k.shape[1], v.shape[2]
+    out, lse = np.empty((batch * repeat, n_q, width), q.dtype), np.empty((batch * repeat, n_q), q.dtype)
+    if not causal:
+        last = np.full(n_q, n_k - 1)
+    else:
+        last = np.arange(n_q) + (n_k - n_q) if positions is None else plain(np.asarray(positions, np.int64))
+    rows, keys = plain(q).reshape(batch * repeat, n_q, dim), plain(k).reshape(batch * n_k, dim)
+    values = plain(v).reshape(batch * n_k, width)
+    kept = NONE if mask is None else plain(mask).reshape(-1)
+    tiles = len(rows) * -(-n_q // QUERIES)
+    step = max(1, TASK // (QUERIES * max(1, n_k)))
+
+    def work(low: int) -> None:
+        high = min(low + step, tiles)
+        attend_rows(rows, keys, values, kept, last, repeat, q.dtype.type(scale), low, high, out, lse)
+
+    share(work, range(0, tiles, step), workers)
+    return out.reshape(batch, repeat, n_q, width), lse.reshape(batch, repeat, n_q)
+
+
+@compiled
+def merge_rows(out: Array, lse: Array, part: Array, part_lse: Array) -> None:
+    """Merge part (n, e), part_lse (n,) into out and lse, in place."""
+    for i in range(lse.size):
+        a, b = lse[i], part_lse[i]
+        if a != a or b != b:
+            out[i, :] = np.nan
+            lse[i] = np.nan
+            continue
+        top = max(a, b)
+        if top == -np.inf:
+            out[i, :] = 0
+            continue
+        old, new = exponential(a - top), exponential(b - top)
+        total = old + new
+        old, new = old / total, new / total
+        for c in range(out.shape[1]):
+            out[i, c] = out[i, c] * old + part[i, c] * new
+        lse[i] = top + math.log(total)
+
+
+def merge_part(out: Array, lse: Array, part: Array, part_lse: Array, start: int, workers: int) -> tuple[Array, Array]:
+    """See opoch_xp.backends.generic.exact.merge_part; out and lse are changed in place and returned."""
+    rows = part_lse.shape[2]
+    part, part_lse = plain(part), plain(part_lse)
+
+    def work(task: tuple[int, int, int]) -> None:
+        b, r, low = task
+        here, there = slice(start + low, start + min(low + MERGED, rows)), slice(low, min(low + MERGED, rows))
+        merge_rows(out[b, r, here], lse[b, r, here], part[b, r, there], part_lse[b, r, there])
+
+    tasks = [(b, r, s) for b in range(len(lse)) for r in range(lse.shape[1]) for s in range(0, rows, MERGED)]
+    share(work, tasks, workers)
+    return out, lse

@@ -1,0 +1,219 @@
+"""The treecode's kernels on a host: summaries, and the launch of `attend`. Arrays are NumPy's; `workers` threads."""
+
+from math import log
+from typing import Any
+
+import numpy as np
+
+from opoch_xp.backends.compiled.attend import attend_groups
+from opoch_xp.backends.compiled.split import principal_order
+from opoch_xp.backends.compiled.threads import plain, share
+from opoch_xp.backends.compiled.vector import compiled
+from opoch_xp.methods import Treecode
+from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
+
+Array = Any
+
+KEYS = 1 << 13  # summarised by a task
+QUERIES = 1 << 10  # attended by a task: some ms
+NONE = np.zeros(0)
+
+
+def build_tree(
+    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None, order: Array | None, workers: int
+) -> Tree:
+    """See opoch_xp.backends.generic.tree.build_tree."""
+    chunks, size, dim = k.shape
+    if order is None:
+        order = principal_order(k, axes, method.iterations, mask, workers)
+    levels = level_nodes(size, method)
+    cells = np.empty((chunks, size, dim + v.shape[2]), k.dtype)
+    summaries = tuple(np.empty((chunks, nodes, 2 * dim + v.shape[2]), k.dtype) for nodes in levels)
+    kept = None if mask is None else np.take_along_axis(mask, order, axis=1)
+    counts = None
+    if kept is not None:
+        counts = tuple(kept.reshape(chunks, nodes, -1).sum(2).astype(k.dtype) for nodes in levels)
+    flat, order = (plain(k).reshape(chunks * size, dim), plain(v).reshape(chunks * size, v.shape[2])), plain(order)
+    together = max(1, KEYS // size)
+
+    def work(low: int) -> None:
+        high = min(low + together, chunks)
+        gather_cells(*flat, order[low:high], low * size, cells[low:high])
+        below: Array = cells[low:high]
+        weight = np.ones((high - low, size), k.dtype) if kept is None else kept[low:high].astype(k.dtype)
+        for level, summary in enumerate(summaries):
+            summarise(below, weight, dim, level > 0, summary[low:high])
+            below = summary[low:high]
+            weight = np.ones(below.shape[:2], k.dtype) if counts is None else counts[level][low:high]
+
+    share(work, range(0, chunks, together), workers)
+    return Tree(cells, order, summaries, tuple(size // nodes for nodes in levels), counts, kept, dim)
+
+
+@compiled
+def gather_cells(k: Array, v: Array, order: Array, base: int, cells: Array) -> None:
+    """cells[c, i] = key and value of row base + c * size + order[c, i]."""
+    chunks, size = order.shape
+    dim, width = k.shape[1], v.shape[1]
+    for c in range(chunks):
+        for i in range(size):
+            row, into = base + c * size + order[c, i], cells[c, i]
+            for x in range(dim):
+                into[x] = k[row, x]
+            for x in range(width):
+                into[dim + x] = v[row, x]
+
+
+@compiled
+def summarise(below: Array, weight: Array, dim: int, spread: bool, out: Array) -> None:
+    """Mean, variance and mean value of children, `weight` (chunks, children) keys each, into out (chunks, nodes, ...).
+
+    below (chunks, children, d + e), or (chunks, children, 2 d + e) where `spread`: with variances of their own.
+    """
+    chunks, nodes, width = out.shape
+    children = below.shape[1] // nodes
+    values = 2 * dim if spread else dim
+    one = out.dtype.type(1)
+    for c in range(chunks):
+        for node in range(nodes):
+            into, first = out[c, node], node * children
+            total = weight[c, first]
+            for i in range(first + 1, first + children):
+                total += weight[c, i]
+            share_of = one / total if total > 0 else one
+            into[:] = 0
+            for i in range(first, first + children):
+                part, row = weight[c, i] * share_of, below[c, i]
+                for x in range(dim):
+                    into[x] += part * row[x]
+                for x in range(width - 2 * dim):
+                    into[2 * dim + x] += part * row[values + x]
+            for i in range(first, first + children):
+                part, row = weight[c, i] * share_of, below[c, i]
+                for x in range(dim):
+                    difference = row[x] - into[x]
+                    into[dim + x] += part * (difference * difference)
+                if spread:
+                    for x in range(dim):
+                        into[dim + x] += part * row[dim + x]
+
+
+def query_groups(queries: Array, axes: Any, method: Treecode, workers: int) -> Array:
+    """See opoch_xp.backends.generic.tree.query_groups."""
+    tasks, n, dim = queries.shape
+    total = group_count(n, method.group)
+    size = n if total == 1 else method.group
+    padded = size << splits(n, size)
+    if size == 1:  # nothing is shared: any order will do
+        return np.broadcast_to(np.arange(n), (tasks, n))
+    queries, _ = finite_rows(queries)
+    if padded == n:
+        return principal_order(queries, axes, method.iterations, None, workers)
+    rows = np.zeros((tasks, padded, dim), queries.dtype)
+    rows[:, :n] = queries
+    kept = np.broadcast_to(np.arange(padded) < n, (tasks, padded))
+    order = principal_order(rows, axes, method.iterations, kept, workers)[:, : total * size]
+    order[:, -size:].sort(1)  # padding last: its numbers are the largest
+    return order
+
+
+def finite_rows(queries: Array) -> tuple[Array, Array | None]:
+    """queries (T, n, d) with rows that are not finite zeroed, and which are finite (T, n); None: all."""
+    if np.isfinite(queries.sum()):
+        return queries, None
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite((queries * 0).sum(-1))
+    return np.where(finite[..., None], queries, 0), finite
+
+
+def tree_attention(
+    queries: Array,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    axes: Any,
+    method: Treecode,
+    *,
+    scale: float,
+    groups: Array | None,
+    lists: Lists | None,
+    workers: int,
+) -> tuple[Array, Array]:
+    """See opoch_xp.backends.generic.tree.tree_attention."""
+    return _attend(queries, tree, first, count, axes, method, scale, groups, lists, workers)[:2]
+
+
+def tree_lists(
+    queries: Array,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    axes: Any,
+    method: Treecode,
+    *,
+    scale: float,
+    groups: Array,
+    workers: int,
+) -> Lists:
+    """What `tree_attention` opens for the groups given; -1 where a group opens fewer nodes than another."""
+    return _attend(queries, tree, first, count, axes, method, scale, groups, None, workers)[2]
+
+
+def _attend(
+    queries: Array, tree: Tree, first: Any, count: Any, axes: Any, method: Treecode, scale: float,
+    groups: Array | None, lists: Lists | None, workers: int,
+) -> tuple[Array, Array, Lists]:  # fmt: skip
+    tasks, n, dim = queries.shape
+    kind, width = queries.dtype, tree.cells.shape[2] - tree.dim
+    out, lse = np.zeros((tasks * n, width), kind), np.full(tasks * n, -np.inf, kind)
+    queries, finite = finite_rows(queries)
+    if groups is None:
+        groups = query_groups(queries, axes, method, workers)
+    total = group_count(n, method.group)
+    size = groups.shape[1] // total
+    index = (groups.reshape(tasks, total, size) + np.arange(0, tasks * n, n)[:, None, None]).reshape(-1, size)
+    held = np.tile(np.minimum(size, n - np.arange(total) * size), tasks)  # padding comes last
+    first, count = (np.repeat(np.asarray(x, np.int64), total) for x in (first, count))
+    levels, coarse = len(tree.summaries), tree.summaries[::-1]
+    nodes = np.array([a.shape[1] for a in coarse])
+    offsets = np.cumsum([0, *(a.shape[0] * a.shape[1] for a in coarse)])[:-1]
+    rows = np.concatenate([a.reshape(-1, a.shape[2]) for a in coarse])
+    none = NONE.astype(kind)
+    counts = none if tree.counts is None else np.concatenate([a.reshape(-1) for a in tree.counts[::-1]])
+    logs = np.array([log(number) for number in tree.sizes[::-1]], kind)
+    widths, candidates = [], int(count.max(initial=0)) * int(nodes[0])
+    for level in range(levels):
+        widths.append(min(method.open if level + 1 < levels else method.near, candidates))
+        if level + 1 < levels:
+            candidates = widths[-1] * int(nodes[level + 1] // nodes[level])
+    own = max(0, min(method.own, candidates - widths[-1]))
+    if lists is None:
+        opened = np.full((len(index), sum(widths)), -1)
+        own_list = np.full((len(index), size, own), -1)
+    else:
+        opened = np.concatenate([np.asarray(a) for a in lists.opened], axis=1)
+        widths, own = [a.shape[1] for a in lists.opened], lists.own.shape[2]
+        own_list = lists.own
+    cells = plain(tree.cells).reshape(-1, tree.cells.shape[2])
+    kept = none.astype(bool) if tree.kept is None else plain(tree.kept).reshape(-1)
+    alive = none.astype(bool) if finite is None else plain(finite).reshape(-1)
+    flat = plain(queries).reshape(-1, dim)
+    heavy = np.flatnonzero(count)[np.argsort(-count[count > 0], kind="stable")]  # the longest first
+    index, held, first, count = (np.ascontiguousarray(x[heavy]) for x in (index, held, first, count))
+    chosen, chosen_own = np.ascontiguousarray(opened[heavy]), np.ascontiguousarray(own_list[heavy])
+    step = max(1, QUERIES // size)
+
+    def work(low: int) -> None:
+        attend_groups(
+            flat, alive, index, held, first, count, low, min(low + step, len(index)), rows, counts, offsets, nodes,
+            logs, cells, kept, tree.leaf, dim, np.array(widths), own, kind.type(scale), lists is not None, chosen,
+            chosen_own, out, lse,
+        )  # fmt: skip
+
+    share(work, range(0, len(index), step), workers)
+    if lists is None:
+        opened[heavy], own_list[heavy] = chosen, chosen_own
+    if finite is not None:
+        out[~alive], lse[~alive] = np.nan, np.nan
+    ends = np.cumsum(widths)[:-1]
+    return out.reshape(tasks, n, -1), lse.reshape(tasks, n), Lists(tuple(np.split(opened, ends, axis=1)), own_list)

@@ -1,0 +1,129 @@
+"""The compiled kernels on CPU tensors, over PyTorch's number of threads; other tensors, and products in bfloat16, go
+through the plain kernels. See opoch_xp.backends.compiled."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opoch_xp.backends.compiled import exact
+from opoch_xp.backends.compiled import tree as trees
+from opoch_xp.backends.torch import exact as plain_exact
+from opoch_xp.backends.torch import split as plain_split
+from opoch_xp.backends.torch import tree as plain_tree
+from opoch_xp.backends.torch.products import reduced
+from opoch_xp.methods import Treecode
+from opoch_xp.tree import Lists, Tree
+
+
+def _here(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not reduced()
+
+
+def _host(x: Any) -> Any:
+    """A tensor as an array of the same memory; anything else as it is."""
+    return x.detach().numpy() if isinstance(x, Tensor) else x
+
+
+def _mapped(function: Any, built: Tree) -> Tree:
+    """The tree with `function` applied to its arrays."""
+    several = (None if arrays is None else tuple(map(function, arrays)) for arrays in (built.summaries, built.counts))
+    summaries, counts = several
+    assert summaries is not None
+    kept = None if built.kept is None else function(built.kept)
+    return Tree(function(built.cells), function(built.order), summaries, built.sizes, counts, kept, built.dim)
+
+
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+    positions: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See opoch_xp.backends.generic.exact.exact_attention."""
+    if not _here(q):
+        return plain_exact.exact_attention(q, k, v, causal=causal, scale=scale, mask=mask, positions=positions)
+    out, lse = exact.exact_attention(
+        *map(_host, (q, k, v)), causal=causal, scale=scale, mask=_host(mask), positions=positions,
+        workers=torch.get_num_threads(),
+    )  # fmt: skip
+    return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def merge_part(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """See opoch_xp.backends.generic.exact.merge_part; out and lse are changed in place and returned."""
+    if not _here(out):
+        return plain_exact.merge_part(out, lse, part, part_lse, start)
+    exact.merge_part(_host(out), _host(lse), _host(part), _host(part_lse), start, torch.get_num_threads())
+    return out, lse
+
+
+def build_tree(
+    k: Tensor, v: Tensor, axes: Any, method: Treecode, *, mask: Tensor | None = None, order: Tensor | None = None
+) -> Tree:
+    """See opoch_xp.backends.generic.tree.build_tree."""
+    if not _here(k):
+        return plain_tree.build_tree(k, v, axes, method, mask=mask, order=order)
+    built = trees.build_tree(
+        _host(k), _host(v), axes, method, mask=_host(mask), order=_host(order), workers=torch.get_num_threads()
+    )
+    return _mapped(torch.from_numpy, built)
+
+
+def query_groups(queries: Tensor, axes: Any, method: Treecode) -> Tensor:
+    """See opoch_xp.backends.generic.tree.query_groups."""
+    if not _here(queries):
+        return plain_split.query_groups(queries, axes, method)
+    found = trees.query_groups(_host(queries), axes, method, torch.get_num_threads())
+    return torch.from_numpy(np.require(found, requirements="W"))
+
+
+def tree_attention(
+    queries: Tensor,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    axes: Any,
+    method: Treecode,
+    *,
+    scale: float,
+    groups: Tensor | None = None,
+    lists: Lists | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See opoch_xp.backends.generic.tree.tree_attention."""
+    if not _here(queries):
+        return plain_tree.tree_attention(
+            queries, tree, first, count, axes, method, scale=scale, groups=groups, lists=lists
+        )
+    given = None if lists is None else Lists(tuple(map(_host, lists.opened)), _host(lists.own))
+    out, lse = trees.tree_attention(
+        _host(queries), _mapped(_host, tree), first, count, axes, method, scale=scale, groups=_host(groups),
+        lists=given, workers=torch.get_num_threads(),
+    )  # fmt: skip
+    return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def chosen_lists(
+    queries: Tensor,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    axes: Any,
+    method: Treecode,
+    *,
+    scale: float,
+    groups: Tensor,
+) -> Lists | None:
+    """What `tree_attention` opened, so that the gradient opens the same."""
+    if not _here(queries):
+        return plain_tree.chosen_lists(queries, tree, first, count, axes, method, scale=scale, groups=groups)
+    found = trees.tree_lists(
+        _host(queries), _mapped(_host, tree), first, count, axes, method, scale=scale, groups=_host(groups),
+        workers=torch.get_num_threads(),
+    )  # fmt: skip
+    return Lists(tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in found.opened), torch.from_numpy(found.own))

@@ -1,0 +1,19 @@
+"""The kernels of the plugin: compiled for CPU tensors where they are wanted, plain PyTorch otherwise."""
+
+from opoch_xp.backends.compiled import wanted
+
+if wanted():
+    from opoch_xp.backends.torch.compiled import (
+        build_tree,
+        chosen_lists,
+        exact_attention,
+        merge_part,
+        query_groups,
+        tree_attention,
+    )
+else:
+    from opoch_xp.backends.torch.exact import exact_attention, merge_part
+    from opoch_xp.backends.torch.split import query_groups
+    from opoch_xp.backends.torch.tree import build_tree, chosen_lists, tree_attention
+
+__all__ = ["build_tree", "chosen_lists", "exact_attention", "merge_part", "query_groups", "tree_attention"]
