@@ -22,20 +22,30 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
 
 
+# What compiled kernels compute, and what stands in for them where Numba is not installed.
+TREES = [
+    f"tests/test_{name}.py" for name in ("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
+]
+PLAIN = {"OPOCH_COMPILED": "0"}
+
 BACKENDS = [
-    nox.param("numpy", "test", id="numpy"),
-    nox.param("strict", "test", id="strict"),
-    nox.param("torch", "test-torch", id="torch"),
+    nox.param("numpy", "test", [], id="numpy"),
+    nox.param("numpy", "test-compiled", TREES, id="compiled"),
+    nox.param("strict", "test", [], id="strict"),
+    nox.param("torch", "test-torch", [], id="torch"),
 ]
 
 
 @nox.session
-@nox.parametrize(("backend", "group"), BACKENDS)
-def tests(session: nox.Session, backend: str, group: str) -> None:
-    """The whole test suite through one backend: a plugin, or the generic twins under array-api-strict."""
+@nox.parametrize(("backend", "group", "files"), BACKENDS)
+def tests(session: nox.Session, backend: str, group: str, files: list[str]) -> None:
+    """The test suite through one backend: the NumPy plugin, plain or compiled by Numba, the generic twins under
+    array-api-strict, or the PyTorch plugin, compiled and then, where that differs, plain."""
     install(session, group)
     arguments = [] if backend == "numpy" else ["--backend", backend]
-    session.run("pytest", *arguments, *session.posargs)
+    session.run("pytest", *arguments, *files, *session.posargs)
+    if backend == "torch":
+        session.run("pytest", *arguments, *TREES, *session.posargs, env=PLAIN)
 
 
 @nox.session(name="tests(torch-gpu)", default=False)

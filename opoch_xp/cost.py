@@ -11,11 +11,16 @@ from opoch_xp.tree import splits
 class Cost:
     """What a backend's treecode pays, in dot products of its own streaming exact attention; measured at d = 64.
 
-    read: a row read by a query; split: a row of keys or queries taken through one level of median splits.
+    A query's exact part costs one each. read: a row that a group reads, near or far; own: a row of a query's own cells;
+    split: a row of keys or queries taken through one level of median splits.
     """
 
     read: float
+    own: float
     split: float
+
+
+COMPILED = Cost(read=1.6, own=16.0, split=100.0)  # of the kernels of opoch_xp.backends.compiled
 
 
 def visible_pairs(n_q: int, n_k: int, causal: bool) -> int:
@@ -30,7 +35,8 @@ def predicted(n_q: int, n_k: int, causal: bool, method: Exact | Treecode, cost: 
     """Dot products of exact attention, one head, that the method is expected to cost as much as."""
     if isinstance(method, Exact):
         return float(visible_pairs(n_q, n_k, causal))
-    total = cost.read * n_q * sum(rows_per_query(n_q, n_k, causal, method).values())
+    rows = rows_per_query(n_q, n_k, causal, method)
+    total = n_q * (rows["local"] + cost.read * (rows["far"] + rows["near"]) + cost.own * rows["own"])
     for tier in tiers(n_q, n_k, causal, method):
         total += cost.split * (tier.high - tier.low) * tier.size * splits(tier.size, method.leaf)
         for piece in tier.pieces:

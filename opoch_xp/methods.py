@@ -74,15 +74,15 @@ class Treecode:
     hierarchical O(N log N) force-calculation algorithm, 1986; Derrida, Random-energy model, 1981.
     """
 
-    block: int = 256
+    block: int = 2048
     fan: int = 16
-    leaf: int = 8
+    leaf: int = 16
     branch: int = 8
     top: int = 16
-    group: int = 128
+    group: int = 64
     open: int = 64
     near: int = 32
-    own: int = 8
+    own: int = 4
     iterations: int = 4
     seed: int = 0
 

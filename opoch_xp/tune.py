@@ -22,10 +22,10 @@ def ladder(n_k: int) -> tuple[Method, ...]:
     unrelated keys, where a far field cannot help: about 16 keys a bucket on keys without structure.
     """
     return (
-        Treecode(open=32, near=16, own=4),
+        Treecode(open=32, own=0),
         Treecode(),
-        Treecode(near=64, own=16),
-        Treecode(open=128, near=128, own=32),
+        Treecode(near=64, own=8),
+        Treecode(open=128, near=128, own=16),
         LSH(bits=max(1, min(62, round(log2(max(n_k, 2)) - 4))), tables=32),
     )
 

@@ -1,10 +1,13 @@
 """`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`."""
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,11 @@ from opoch_xp.backends import kernels_for
 
 if not Path("/proc/driver/nvidia").exists():  # no GPU: Triton's kernels run on the CPU, which it settles when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Numba keeps machine code by the source of each file alone: a folder for each state of all of them
+SOURCES = Path(str(find_spec("opoch_xp.backends.compiled").origin)).parent.glob("*.py")
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES))).hexdigest()[:12]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opoch-xp-{DIGEST}"))
 
 LIBRARIES = {"numpy": "array_api_compat.numpy", "generic": "array_api_compat.numpy", "strict": "array_api_strict"}
 

@@ -168,14 +168,14 @@ def test_tol_attends_by_the_tuned_method(backend: Backend) -> None:
 
 def cheap_treecode(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs under which a Treecode is chosen for short inputs."""
-    monkeypatch.setattr(backend.kernels, "COST", Cost(read=0.05, split=0.0))
+    monkeypatch.setattr(backend.kernels, "COST", Cost(read=0.01, own=0.01, split=0.0))
 
 
 def test_a_bad_choice_warns_and_names_the_figure_and_the_cure(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cheap_treecode(backend, monkeypatch)
-    q, k, v = arrays(backend, *needles(4095))
+    q, k, v = arrays(backend, *needles(8191))
     with pytest.warns(
         ox.ApproximationWarning, match=r"errs by \d+\.\d% .* 32 sampled rows .* tol= .*check=False"
     ) as seen:
@@ -197,8 +197,8 @@ def test_a_bad_choice_warns_and_names_the_figure_and_the_cure(
 
 def test_a_good_choice_is_silent(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     cheap_treecode(backend, monkeypatch)
-    q, k, v = qkv(10, 600)
-    found = ox.attend(*arrays(backend, q, k[:1].repeat(600, 0), v), backend=backend.name)
+    q, k, v = qkv(10, 2500)
+    found = ox.attend(*arrays(backend, q, k[:1].repeat(2500, 0), v), backend=backend.name)
     assert found.report.method == Treecode()
     assert found.report.audit.worst < 1e-6
 
@@ -214,21 +214,23 @@ def test_choice_follows_predicted_cost(backend: Backend) -> None:
 
 
 def test_predicted_cost_is_rows_times_their_price() -> None:
-    read, split = Cost(2.0, 0.0), Cost(0.0, 3.0)
+    read, own, split = Cost(2.0, 0.0, 0.0), Cost(0.0, 5.0, 0.0), Cost(0.0, 0.0, 3.0)
     q, k, v = np.ones((3, 512, 8))
     rows = ox.attend(q, k, v, causal=True, method=SMALL).report.rows
-    assert predicted(512, 512, True, SMALL, read) == pytest.approx(2 * 512 * sum(rows.values()))
+    local = 512 * rows["local"]
+    assert predicted(512, 512, True, SMALL, read) == pytest.approx(local + 2 * 512 * (rows["far"] + rows["near"]))
+    assert predicted(512, 512, True, SMALL, own) == pytest.approx(local + 5 * 512 * rows["own"])
     assert predicted(512, 512, True, Exact(), read) == 512 * 513 / 2
     assert predicted(300, 200, True, Exact(), read) == 200 * 201 / 2
     assert predicted(200, 300, True, Exact(), read) == 200 * 300 - 200 * 199 / 2
     keys = 480 * 3 + 384 * 5  # rows times levels of splits: 15 chunks of 32 and 3 of 128 are read, the last by no query
     queries = 512 * 2 + 512 * 4
-    assert predicted(512, 512, True, SMALL, split) == 3 * (keys + queries)
+    assert predicted(512, 512, True, SMALL, split) == pytest.approx(local + 3 * (keys + queries))
 
 
 def test_ladder_goes_from_cheap_to_dear() -> None:
     rungs = [method for method in ladder(10**6) if isinstance(method, Treecode)]
-    costs = [predicted(10**6, 10**6, True, method, Cost(1.0, 1.0)) for method in rungs]
+    costs = [predicted(10**6, 10**6, True, method, Cost(1.0, 1.0, 1.0)) for method in rungs]
     assert costs == sorted(costs)
     assert len({*ladder(10**6)}) == len(ladder(10**6))
 

@@ -39,15 +39,15 @@ def table_of(text):
 
 def test_wall_measures_every_method(tmp_path):
     path = tmp_path / "wall.json"
-    result = run("wall", "--workload", "scattered", "--tokens", 700, "--dim", 16, "--heads", 2, "--json", path)
+    result = run("wall", "--workload", "scattered", "--tokens", 5000, "--dim", 16, "--heads", 2, "--json", path)
     header, *body = table_of(result.stdout)
     assert header == ["method", "time", "speed-up", "extra memory", "error", "p99", "pairs"]
-    names = ["Exact, matrix in memory", "Exact(), streaming", "LSH(bits=5, tables=8)", "Treecode()"]
+    names = ["Exact, matrix in memory", "Exact(), streaming", "LSH(bits=8, tables=8)", "Treecode()"]
     assert [cells[0] for cells in body] == names
     assert body[0][1] == "refused"
-    assert body[0][3] == "needs 3.9 MB"  # 2 heads of 700 x 700 float32
+    assert body[0][3] == "needs 200 MB"  # 2 heads of 5,000 x 5,000 float32
     assert all(all(cells) for cells in body[1:])
-    assert "700 tokens, 2 heads of 16, float32, causal, seed 0" in result.stdout
+    assert "5,000 tokens, 2 heads of 16, float32, causal, seed 0" in result.stdout
     assert f"NumPy {np.__version__}" in result.stdout
     assert "\x1b" not in result.stdout
     [table] = json.loads(path.read_text())

@@ -58,7 +58,7 @@ def _as_float(typing: Any, bits: Any) -> Any:
 
 
 def exponential(x: Any) -> Any:
-    """e**x, 0 below LOWEST; float32 by a polynomial that errs by 1e-7 of the result. In compiled code only."""
+    """e**x, 0 below LOWEST; float32 by a polynomial that errs by up to 4e-7 of the result. In compiled code only."""
     raise TypeError("exponential is for compiled kernels")
 
 
@@ -71,7 +71,7 @@ def _exponential(x: Any) -> Any:
         return double
 
     def single(x: Any) -> Any:
-        # e**x = 2**n e**r, |r| <= ln 2 / 2, ln 2 in two parts. Coefficients: Cephes' expf, S. L. Moshier, 1992.
+        # e**x = 2**n e**r, |r| <= ln 2 / 2. Coefficients: Cephes' expf, S. L. Moshier, 1992.
         y = min(max(x, np.float32(LOWEST)), np.float32(88.0))
         n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
         r = y - n * np.float32(0.693359375)

@@ -1,0 +1,271 @@
+"""The compiled kernels against the generic twins and against loops; skipped without Numba."""
+
+import os
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+import opoch_xp as ox
+from opoch_xp.backends import compiled, generic
+from opoch_xp.backends.compiled import attend, exact, split, tree, vector
+from opoch_xp.backends.compiled.threads import plain, share
+from opoch_xp.backends.generic.tree import tree_lists
+from opoch_xp.forest import directions
+from opoch_xp.tree import Lists, splits
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
+dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the generic twins on infinite queries
+
+
+def normal(seed: int, *shape: int, dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def close(ours: Any, theirs: Any, dtype: str) -> None:
+    assert ours.dtype == theirs.dtype == dtype
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@vector.compiled
+def exponentials(x: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = vector.exponential(x[i])
+
+
+def test_exponentials() -> None:
+    x = np.concatenate([np.linspace(-79.9, 88, 100_001), [0, -0.0, vector.LOWEST, 1e-30]]).astype(np.float32)
+    out = np.full_like(x, np.nan)
+    exponentials(x, out)
+    np.testing.assert_allclose(out, np.exp(x.astype(np.float64)), rtol=4e-7)
+    special = np.array([-80.1, -1e30, -np.inf, np.nan], np.float32)
+    exponentials(special, out[:4])
+    np.testing.assert_array_equal(out[:4], [0, 0, 0, np.nan])
+    double = np.linspace(-700, 700, 1001)
+    exponentials(double, out := np.empty_like(double))
+    np.testing.assert_allclose(out, np.exp(double), rtol=1e-14)
+
+
+@dtypes
+@pytest.mark.parametrize(("g", "dim", "rows"), [(1, 1, 4), (2, 7, 8), (3, 64, 72), (8, 130, 140)])
+def test_products_of_rows_named_by_an_index(g: int, dim: int, rows: int, dtype: str) -> None:
+    g *= vector.lanes(dtype)
+    a, x = normal(0, 200, dim + 5, dtype=dtype), normal(1, dim, g, dtype=dtype)
+    index = np.random.default_rng(2).integers(200, size=rows + 8)
+    out = np.full((rows + 8, g), np.nan, dtype)
+    vector.dots(a, index, 4, 4 + rows, 2, dim, x, out)
+    np.testing.assert_allclose(out[4 : 4 + rows], a[index[4 : 4 + rows], 2 : 2 + dim] @ x, rtol=1e-4, atol=1e-4)
+    assert np.isnan(out[:4]).all()
+    assert np.isnan(out[4 + rows :]).all()
+    for count in (0, 1, rows):
+        weight, sums = normal(3, count, g, dtype=dtype), normal(4, dim, g, dtype=dtype)
+        expected = sums + a[index[3 : 3 + count], 5:].T @ weight
+        vector.mix(a, index, 3, 3 + count, 5, dim, weight, sums)
+        np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_heaviest_come_first_ties_to_the_lower_place() -> None:
+    rng = np.random.default_rng(0)
+    for count, width in product((1, 2, 7, 40), (0, 1, 3, 7, 100)):
+        share_of = rng.integers(0, 4, count).astype(np.float64)
+        picked = np.ones(count, bool)
+        attend.heaviest(share_of, width, picked)
+        expected = np.zeros(count, bool)
+        expected[np.argsort(-share_of, kind="stable")[:width]] = True
+        np.testing.assert_array_equal(picked, expected)
+
+
+def test_own_cells_are_the_best_that_the_group_does_not_read() -> None:
+    rng = np.random.default_rng(0)
+    for m, own in product((3, 30), (1, 4)):
+        mass = rng.integers(0, 5, (m, 16)).astype(np.float64)
+        mass[rng.random((m, 16)) < 0.2] = -np.inf
+        picked = np.arange(m) % 3 == 1
+        best, least = np.full((9, own), -7), np.empty((9, own))
+        attend.own_cells(mass, picked, 9, own, best, least)
+        left = np.flatnonzero(~picked)
+        for j in range(9):
+            expected = left[np.argsort(-mass[left, j], kind="stable")][:own].tolist()
+            assert best[j].tolist() == expected + [-1] * (own - len(expected))
+
+
+@dtypes
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_splits_halve_at_the_median(workers: int, masked: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By loops, level by level: the lower half projects lower; the same order however nodes are shared out."""
+    x, axes = normal(0, 2, 96, 5, dtype=dtype), directions(0, 0, 0, 4, 5)
+    kept = np.random.default_rng(1).random((2, 96)) < 0.7 if masked else None
+    order = split.principal_order(x, axes, 0, kept, workers)  # no iterations: the axis is the direction drawn
+    for task, level in product(range(2), range(4)):
+        size = 96 >> level
+        for node in order[task].reshape(-1, size):
+            projection = x[task, node].astype(np.float64) @ axes[level]
+            if kept is not None:
+                projection = np.where(kept[task, node], projection, np.inf)
+            assert projection[: size // 2].max() <= projection[size // 2 :].min() + 1e-5
+    iterated = split.principal_order(x, axes, 3, kept, workers)
+    monkeypatch.setattr(split, "TASK", 4)  # nodes are large: a level at a time
+    np.testing.assert_array_equal(split.principal_order(x, axes, 3, kept, 5), iterated)
+
+
+def test_ties_are_split_by_position() -> None:
+    x = np.zeros((2, 64, 3), np.float32)
+    x[0, ::3] = -0.0
+    x[1] = 1.5
+    order = split.principal_order(x, directions(0, 0, 0, 5, 3), 2, None, 1)
+    np.testing.assert_array_equal(order, np.arange(64)[None].repeat(2, 0))
+
+
+METHODS = [
+    (ox.Treecode(block=8, leaf=2, branch=2, top=2, group=2, open=1, near=1, own=1), 8, 3, 2, 2),
+    (ox.Treecode(block=16, leaf=4, branch=2, top=2, group=5, open=2, near=2, own=2), 64, 23, 3, 4),
+    (ox.Treecode(block=16, leaf=1, branch=4, top=4, group=37, open=3, near=0, own=0, iterations=0), 64, 40, 18, 100),
+    (ox.Treecode(block=16, leaf=2, branch=4, top=2, group=8, open=2, near=3, own=0), 32, 8, 16, 20),
+    (ox.Treecode(block=12, leaf=3, branch=2, top=8, group=1, open=2, near=3, own=9), 96, 5, 8, 70),
+    (ox.Treecode(block=16, leaf=2, branch=2, top=2, group=4, open=99, near=20, own=3), 64, 33, 8, 40),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(("method", "size", "n", "dim", "width"), METHODS)
+def test_tree(method: ox.Treecode, size: int, n: int, dim: int, width: int, dtype: str, masked: bool) -> None:
+    """Given the same order, groups and lists: equal to rounding; in float64 the choices are the same too."""
+    k, v = normal(0, 3, size, dim, dtype=dtype), normal(1, 3, size, width, dtype=dtype)
+    mask = np.random.default_rng(5).random((3, size)) < 0.6 if masked else None
+    if mask is not None:
+        mask[1] = False
+        k, v = k * mask[..., None], v * mask[..., None]
+    axes = directions(0, 0, 0, splits(size, method.leaf), dim)
+    mine = tree.build_tree(k, v, axes, method, mask=mask, order=None, workers=2)
+    assert (np.sort(mine.order, axis=1) == np.arange(size)).all()
+    theirs = generic.build_tree(k, v, axes, method, mask=mask, order=mine.order)
+    for one, other in zip((mine.cells, *mine.summaries), (theirs.cells, *theirs.summaries), strict=True):
+        close(one, other, dtype)
+    if masked:
+        for one, other in zip((mine.kept, *mine.counts), (theirs.kept, *theirs.counts), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    queries, query_axes = normal(6, 4, n, dim, dtype=dtype), directions(0, 0, 1, splits(n, method.group), dim)
+    if n > 4:
+        queries[0, 1] = np.inf
+        queries[2, 2, 0] = np.nan
+    groups = tree.query_groups(queries, query_axes, method, 2)
+    given = (queries, theirs, np.asarray([0, 1, 0, 2]), np.asarray([3, 2, 0, 1]), query_axes, method)
+    lists = tree_lists(*given, scale=0.8, groups=groups)
+    right = generic.tree_attention(*given, scale=0.8, groups=groups, lists=lists)
+    ours = tree.tree_attention(*given, scale=0.8, groups=groups, lists=lists, workers=2)
+    own = tree.tree_attention(*given, scale=0.8, groups=groups, lists=None, workers=3)
+    chosen = tree.tree_lists(*given, scale=0.8, groups=groups, workers=1)
+    again = tree.tree_attention(*given, scale=0.8, groups=groups, lists=chosen, workers=1)
+    for i in range(2):
+        close(ours[i], right[i], dtype)
+        np.testing.assert_array_equal(again[i], own[i])  # what was opened is what the lists say
+        if dtype == "float64":  # no rounding flips a pick
+            close(own[i], right[i], dtype)
+    assert isinstance(chosen, Lists)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("batch", "repeat", "n_q", "n_k", "dim", "width", "causal", "masked"),
+    [
+        (1, 1, 3, 5, 2, 3, True, False),
+        (2, 3, 33, 70, 17, 20, True, True),
+        (1, 2, 40, 9, 64, 130, False, True),
+        (1, 1, 170, 66, 5, 64, True, False),
+        (2, 2, 300, 700, 16, 9, True, True),
+    ],
+)
+def test_exact_attention(
+    batch: int, repeat: int, n_q: int, n_k: int, dim: int, width: int, causal: bool, masked: bool, dtype: str
+) -> None:
+    shapes = (batch, repeat, n_q, dim), (batch, n_k, dim), (batch, n_k, width)
+    q, k, v = (normal(i, *shape, dtype=dtype) for i, shape in enumerate(shapes))
+    q[0, 0, 1, 0] = np.nan
+    mask = np.random.default_rng(3).random((batch, n_k)) < 0.7 if masked else None
+    if mask is not None:
+        mask[0] = False  # a head that sees nothing
+    positions = [None, np.sort(np.random.default_rng(4).integers(-1, n_k, n_q))] if causal else [None]
+    for last in positions:
+        given = {"causal": causal, "scale": 0.4, "mask": mask, "positions": last}
+        ours, theirs = exact.exact_attention(q, k, v, workers=2, **given), generic.exact_attention(q, k, v, **given)
+        close(ours[0], theirs[0], dtype)
+        close(ours[1], theirs[1], dtype)
+
+
+@dtypes
+def test_logits_that_overflow_are_no_number(dtype: str) -> None:
+    big = np.full((1, 1, 2, 1), np.finfo(dtype).max, dtype)
+    out, lse = exact.exact_attention(big, big[0], big[0], causal=False, scale=1.0, mask=None, positions=None, workers=1)
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
+
+
+@dtypes
+def test_merging(dtype: str) -> None:
+    out, part = normal(0, 2, 3, 12, 35, dtype=dtype), normal(1, 2, 3, 9, 35, dtype=dtype)
+    lse, part_lse = normal(2, 2, 3, 12, dtype=dtype), normal(3, 2, 3, 9, dtype=dtype)
+    lse[0, 0, :4], part_lse[0, 0, :2] = -np.inf, -np.inf
+    out[0, 0, :4], part[0, 0, :2] = 0, 0
+    part[0, 1, 3], part_lse[0, 1, 3] = np.nan, np.nan
+    theirs = generic.merge_part(out, lse, part, part_lse, 1)
+    ours = exact.merge_part(out.copy(), lse.copy(), part, part_lse, 1, 2)
+    close(ours[0], theirs[0], dtype)
+    close(ours[1], theirs[1], dtype)
+
+
+def test_one_piece_of_machine_code_serves_arrays_of_any_order() -> None:
+    q, k, v = (normal(i, 1, 40, 8, dtype="float32") for i in range(3))
+    method = ox.Treecode(block=8, leaf=2, group=4, open=2, near=1, own=1)
+    whole = ox.attention(q, k, v, causal=True, method=method)
+    kernels = (attend.attend_groups, exact.attend_rows, tree.gather_cells)
+    known = [len(kernel.signatures) for kernel in kernels]
+    for array in (q, k, v):
+        array.flags.writeable = False
+    turned = (np.asfortranarray(array) for array in (q, k, v))
+    for given in ((q, k, v), turned):
+        np.testing.assert_array_equal(ox.attention(*given, causal=True, method=method), whole)
+    assert [len(kernel.signatures) for kernel in kernels] == known
+    assert plain(q).flags.writeable
+    assert np.shares_memory(plain(q), q)
+
+
+def test_tasks_are_shared_and_the_first_error_raised() -> None:
+    done: list[int] = []
+    share(done.append, range(50), 4)
+    assert sorted(done) == list(range(50))
+
+    def fail(task: int) -> None:
+        raise ZeroDivisionError(f"task {task}")
+
+    for workers in (1, 3):
+        with pytest.raises(ZeroDivisionError, match="task"):
+            share(fail, range(5), workers)
+
+
+def test_the_variable_that_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in ((None, True), ("1", True), ("0", False)):
+        monkeypatch.delenv(compiled.VARIABLE, raising=False)
+        if value is not None:
+            monkeypatch.setenv(compiled.VARIABLE, value)
+        assert compiled.wanted() == expected
+    monkeypatch.setenv(compiled.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="OPOCH_COMPILED must be 0 or 1, got 'yes'"):
+        compiled.wanted()
+    monkeypatch.setenv(compiled.VARIABLE, "1")
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="OPOCH_COMPILED=1 needs Numba"):
+        compiled.wanted()
+
+
+@pytest.mark.skipif(os.environ.get(compiled.VARIABLE) == "0", reason="the plugins were told to do without")
+def test_the_plugin_takes_them() -> None:
+    from opoch_xp.backends import numpy
+
+    assert numpy.tree_attention.__module__ == "opoch_xp.backends.numpy.compiled"
