@@ -7,17 +7,18 @@ from opoch_xp import workloads
 
 SETTINGS = (
     {},
-    {"block": 512},
+    *({"block": block} for block in (256, 512, 1024, 4096)),
     *({"fan": fan} for fan in (4, 8)),
-    *({"leaf": leaf} for leaf in (4, 16)),
-    {"leaf": 16, "own": 4, "near": 16},
+    *({"leaf": leaf} for leaf in (8, 32)),
+    {"leaf": 8, "own": 8},
     {"branch": 4},
-    *({"group": group} for group in (32, 64, 256)),
+    *({"group": group} for group in (16, 32, 128)),
     *({"open": number} for number in (32, 128)),
     *({"near": near} for near in (16, 64)),
-    *({"own": own} for own in (0, 4, 16)),
+    *({"own": own} for own in (0, 2, 8)),
     *({"iterations": iterations} for iterations in (0, 2, 6)),
-    {"open": 32, "near": 16, "iterations": 2},
+    {"open": 32, "own": 0, "iterations": 2},
+    {"block": 256, "leaf": 8, "group": 128, "own": 8},
 )
 
 

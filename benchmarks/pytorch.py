@@ -20,13 +20,13 @@ from opoch_xp.measure import timed
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 FAST = (
-    ox.Treecode(leaf=16, group=32, open=16, near=32, own=0, iterations=2),
-    ox.Treecode(block=512, leaf=16, group=64, open=24, near=48, own=0, iterations=2),
+    ox.Treecode(open=32, own=0, iterations=2),
+    ox.Treecode(block=256, group=32, open=32, own=0, iterations=2),
 )
 LONG = (
     ox.Treecode(),
-    ox.Treecode(open=48, near=24, own=0, iterations=2),
-    ox.Treecode(leaf=16, group=64, open=24, near=24, own=0, iterations=2),
+    ox.Treecode(block=512, open=32, near=24, own=0, iterations=2),
+    ox.Treecode(block=256, open=32, near=24, own=0, iterations=2),
 )
 ROUNDS = 3
 MILLION = 1_048_576

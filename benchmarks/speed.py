@@ -15,10 +15,14 @@ SHORT, LONG = 65_536, 1_000_000
 SHORT_METHODS = (
     ox.Exact(),
     ox.Treecode(),
-    ox.Treecode(open=32, near=16, iterations=2),
-    ox.Treecode(open=32, near=8, own=4, leaf=16, iterations=2),
+    ox.Treecode(open=32, own=0, iterations=2),
+    ox.Treecode(block=256, group=32, open=32, own=0, iterations=2),
 )
-LONG_METHODS = (ox.Treecode(), ox.Treecode(own=0), ox.Treecode(open=48, near=24, own=0, iterations=2))
+LONG_METHODS = (
+    ox.Treecode(),
+    ox.Treecode(block=512, open=32, near=24, own=0, iterations=2),
+    ox.Treecode(block=256, open=32, near=24, own=0, iterations=2),
+)
 ROUNDS = 5
 
 

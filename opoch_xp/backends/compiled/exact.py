@@ -33,7 +33,7 @@ def attend_rows(
     heads, n_q, dim = q.shape
     n_k, e = k.shape[0] * repeat // heads, v.shape[1]
     vector = VECTOR // q.itemsize
-    kind, zero = q.dtype, q.dtype.type(0)
+    kind, zero, one = q.dtype, q.dtype.type(0), q.dtype.type(1)
     mass = np.empty((KEYS + ROWS, QUERIES), kind)
     turned, sums = np.empty((dim, QUERIES), kind), np.empty((e, QUERIES), kind)
     top, total, next_top = np.empty(QUERIES, kind), np.empty(QUERIES, kind), np.empty(QUERIES, kind)
@@ -46,9 +46,11 @@ def attend_rows(
         base = head // repeat * n_k
         queries, acc = turned.reshape(-1)[: dim * g].reshape(dim, g), sums.reshape(-1)[: e * g].reshape(e, g)
         logits = mass.reshape(-1)[: (KEYS + ROWS) * g].reshape(KEYS + ROWS, g)
-        for c in range(dim):
-            for j in range(g):
-                queries[c, j] = q[head, first + j, c] * scale if j < count else zero
+        for j in range(count):
+            for c in range(dim):
+                queries[c, j] = q[head, first + j, c] * scale
+        for j in range(count, g):
+            queries[:, j] = zero
         acc[:] = 0
         top[:] = -np.inf
         total[:] = 0
@@ -97,8 +99,9 @@ def attend_rows(
                 out[head, first + j, :] = 0
                 lse[head, first + j] = -np.inf
             else:
+                share_of = one / total[j]
                 for c in range(e):
-                    out[head, first + j, c] = acc[c, j] / total[j]
+                    out[head, first + j, c] = acc[c, j] * share_of
                 lse[head, first + j] = top[j] + math.log(total[j])
 
 
