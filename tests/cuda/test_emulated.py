@@ -21,7 +21,7 @@ import opoch_xp as ox
 from opoch_xp import backends, workloads
 from opoch_xp.backends import cupy as plugin
 from opoch_xp.backends import generic, kernels_for
-from opoch_xp.backends.cupy import launch, split
+from opoch_xp.backends.cupy import launch, search, split
 from opoch_xp.backends.cupy.launch import INSTANCES, instances
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.forest import directions
@@ -338,6 +338,62 @@ def test_bucket_attention(
     close(ours[0], theirs[0], dtype)
     close(ours[1], theirs[1], dtype)
     np.testing.assert_array_equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("n", "m", "dim", "bits", "k", "filtered", "limit"),
+    [
+        pytest.param(9, 2, 3, 1, 2, False, None, marks=smallest),
+        (300, 7, 33, 2, 5, True, None),
+        (500, 5, 64, 1, 150, True, 170),
+        (40, 3, 5, 3, 60, False, None),
+        (0, 3, 5, 2, 4, False, None),
+        (20, 0, 5, 2, 4, False, None),
+    ],
+)
+def test_search_buckets(
+    n: int, m: int, dim: int, bits: int, k: int, filtered: bool, limit: int | None, dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On whole numbers, whose products are exact, so that ties are ties: bit for bit, in order of place."""
+    rng = np.random.default_rng(n)
+    q, x = (rng.integers(-2, 3, size=(rows, dim)).astype(dtype) for rows in (m, n))
+    bias = rng.integers(-3, 4, size=n).astype(dtype) if filtered else None
+    allowed = rng.random(n) < 0.7 if filtered else None
+    planes = ox.random_hyperplanes(dim, bits, tables=3)
+    tables = generic.sort_tables(generic.hash_codes(x, planes), bits)
+    monkeypatch.setattr(search, "PRODUCTS", 150 * max(1, m))
+    for codes in (generic.hash_codes(q, planes)[None], None):
+        given = (q, x, bias, tables, codes, k, allowed, limit)
+        for ours, theirs in zip(plugin.search_buckets(*given), generic.search_buckets(*given), strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+def test_more_neighbours_than_a_block_holds_are_sorted(monkeypatch: pytest.MonkeyPatch, emulated: Emulator) -> None:
+    monkeypatch.setattr(launch, "shared_limit", lambda where: 2000)
+    monkeypatch.setattr(search, "shared_limit", lambda where: 2000)
+    x = normal(0, 50, 4)
+    tables = generic.sort_tables(np.zeros((1, 50), np.int64), 0)
+    given = (x[:3], x, None, tables, None, 40)
+    np.testing.assert_array_equal(plugin.search_buckets(*given)[0], generic.search_buckets(*given)[0])
+    assert not emulated.launched
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+@pytest.mark.parametrize("metric", ["cosine", "inner", "euclidean"])
+def test_a_whole_index(metric: str, whole_plugin: None) -> None:
+    x, q = normal(0, 400, 9, dtype="float32"), normal(1, 20, 9, dtype="float32")
+    found = []
+    for backend in (None, "generic"):
+        index = ox.LSHIndex(9, bits=4, tables=5, probes=2, metric=metric, backend=backend)
+        index.add(x)
+        index.remove([3, 77])
+        found.append([index.search(q, 6), index.search(q, 6, exact=True), index.candidates(q)])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
 
 
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")

@@ -2,7 +2,7 @@
 
 The sources beside this file are the definition of each kernel's cost; `launch` owns their instances. Launches go to the
 current stream of the arrays' device; nothing waits for the device but `bucket_attention`, which reads back how many
-queries found no candidate.
+queries found no candidate, and `search_buckets`, which reads back the sizes of buckets.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from opoch_xp.backends.cupy.buckets import bucket_attention
 from opoch_xp.backends.cupy.exact import exact_attention, merge_part
 from opoch_xp.backends.cupy.hashing import hash_codes
+from opoch_xp.backends.cupy.search import search_buckets
 from opoch_xp.backends.cupy.tree import build_tree, query_groups, tree_attention
 from opoch_xp.cost import Cost
 
@@ -22,6 +23,7 @@ __all__ = [
     "hash_codes",
     "merge_part",
     "query_groups",
+    "search_buckets",
     "synchronize",
     "tree_attention",
     "unavailable",

@@ -47,6 +47,9 @@ INSTANCES: dict[str, tuple[str, ...]] = {
         *(f"attend_lists<{kind}, {columns}, {own}>" for kind, columns in _TILES for own in ("false", "true")),
     ),
     "bucket_attention.cu": tuple(f"attend_buckets<{kind}, {columns}>" for kind, columns in _TILES),
+    "search_buckets.cu": tuple(
+        f"best_candidates<{kind}, {dense}>" for kind in TYPES.values() for dense in ("false", "true")
+    ),
 }
 TENSOR_INSTANCES: dict[str, tuple[str, ...]] = {
     "exact_attention.cu": tuple(f"exact_attention<{kind}, {columns}>" for kind, columns in _HALF_TILES),

@@ -34,7 +34,7 @@ def find_candidates(tables: Tables, codes: Array, limit: int | None = None) -> t
     """
     xp = array_api_compat.array_namespace(codes)
     places, counts = [], []
-    for _, offsets, place in _blocks(xp, tables, codes, limit):
+    for _, offsets, place in candidate_blocks(xp, tables, codes, limit):
         counts.append(offsets[1:] - offsets[:-1])
         places.append(place)
     nothing = xp.zeros((0,), dtype=xp.int64, device=array_api_compat.device(codes))
@@ -65,7 +65,7 @@ def search_buckets(
         step = max(1, ENTRIES // max(1, n))
         blocks = (_everything(xp, low, min(low + step, m), n, device) for low in range(0, m, step))
     else:
-        blocks = _blocks(xp, tables, codes, limit)
+        blocks = candidate_blocks(xp, tables, codes, limit)
     for low, offsets, place in blocks:
         rows = offsets.shape[0] - 1
         owner = xp.repeat(xp.arange(rows, dtype=xp.int64, device=device), offsets[1:] - offsets[:-1])
@@ -96,7 +96,7 @@ def bucket_runs(xp: Any, tables: Tables, codes: Array, limit: int | None) -> tup
     return start, read
 
 
-def _blocks(xp: Any, tables: Tables, codes: Array, limit: int | None) -> Iterator[tuple[int, Array, Array]]:
+def candidate_blocks(xp: Any, tables: Tables, codes: Array, limit: int | None) -> Iterator[tuple[int, Array, Array]]:
     """(first query, offsets, places) of the candidates of some queries after another, about ENTRIES entries each."""
     start, read = bucket_runs(xp, tables, codes, limit)
     m = start.shape[0]
