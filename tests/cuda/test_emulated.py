@@ -374,7 +374,6 @@ def test_search_buckets(
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
 def test_more_neighbours_than_a_block_holds_are_sorted(monkeypatch: pytest.MonkeyPatch, emulated: Emulator) -> None:
     monkeypatch.setattr(launch, "shared_limit", lambda where: 2000)
-    monkeypatch.setattr(search, "shared_limit", lambda where: 2000)
     x = normal(0, 50, 4)
     tables = generic.sort_tables(np.zeros((1, 50), np.int64), 0)
     given = (x[:3], x, None, tables, None, 40)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from opoch_xp.backends.cupy.launch import contiguous, number_of, on_device, run, shared_limit
+from opoch_xp.backends.cupy import launch
+from opoch_xp.backends.cupy.launch import contiguous, number_of, on_device, run
 from opoch_xp.backends.generic import search as generic
 from opoch_xp.buckets import Tables
 
@@ -33,14 +34,14 @@ def search_buckets(
     xp = array_namespace(q)
     (m, dim), n = q.shape, x.shape[0]
     shared = (2 * k + BATCH) * (8 + q.dtype.itemsize) + dim * q.dtype.itemsize
-    if shared > shared_limit(number_of(q)):
+    if shared > launch.shared_limit(number_of(q)):
         return generic.search_buckets(q, x, bias, tables, codes, k, allowed, limit)
     q, x, bias, allowed = contiguous(q, x, bias, allowed)
     best, place = xp.full((m, k), -xp.inf, dtype=q.dtype), xp.full((m, k), -1, dtype=xp.int64)
     if n == 0 or m == 0:
         return place, best
 
-    def launch(rows: slice, dense: str, offsets: Any, places: Any, scores: Any, first: int, columns: int) -> None:
+    def choose(rows: slice, dense: str, offsets: Any, places: Any, scores: Any, first: int, columns: int) -> None:
         run(
             "search_buckets.cu", "best_candidates", q, (rows.stop - rows.start,), SEARCHERS,
             q[rows], x, bias, offsets, places, allowed, scores, best[rows], place[rows], np.int64(first),
@@ -52,9 +53,10 @@ def search_buckets(
         for low in range(0, n, step):
             high = min(low + step, n)
             scores = xp.ascontiguousarray(q @ x[low:high].T)
-            launch(slice(0, m), "true", None, None, scores, low, high - low)
+            choose(slice(0, m), "true", None, None, scores, low, high - low)
     else:
         for low, offsets, places in generic.candidate_blocks(xp, tables, codes, limit):
             rows = slice(low, low + offsets.shape[0] - 1)
-            launch(rows, "false", *contiguous(offsets, places), None, 0, 0)
+            offsets, places = contiguous(offsets, places)
+            choose(rows, "false", offsets, places, None, 0, 0)
     return place, best
