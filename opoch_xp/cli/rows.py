@@ -23,7 +23,7 @@ FULL_PAIRS = 1_000_000_000  # pairs of query and key up to which exact attention
 SAMPLE_BLOCKS = 4  # beyond that it is timed on so many blocks of query rows per core, evenly spaced,
 BLOCK_ROWS = 512  # each of so many rows in a row, as the kernels take them: 4,096 rows on two cores,
 BLOCK_PAIRS = 300_000_000  # and fewer where a block has more pairs than this
-WARM_ROWS = 6000  # of a call before the clock starts, so that imports, start-up and compiling are not counted: two blocks
+WARM_ROWS = 6000  # of a call before the clock starts, so that start-up and compiling are not counted: two blocks
 # the library whose arrays a backend takes, where that is not its own name; a plugin's name is its library's
 LIBRARIES = {"generic": "numpy", "numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "cupy": "cupy"}
 
