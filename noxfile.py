@@ -57,9 +57,24 @@ def torch_gpu(session: nox.Session) -> None:
 
 @nox.session(name="tests(cupy)", default=False)
 def cupy(session: nox.Session) -> None:
-    """The suite through the CuPy plugin. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."""
+    """The suite through the CuPy plugin, and every wrapper of PTX against its CPU twin. Without a GPU it is skipped, or
+    fails where OPOCH_REQUIRE_GPU=1."""
     install(session, "test-cupy")
     session.run("pytest", "--backend", "cupy", "--device", "cuda", *session.posargs)
+    session.run("pytest", "--backend", "cupy", "--device", "cuda", "tests/cuda/test_wrappers.py")
+
+
+@nox.session(default=False)
+def cuda_sanitize(session: nox.Session) -> None:
+    """The CuPy plugin's treecode, exact attention, buckets and index under compute-sanitizer, memcheck and racecheck;
+    needs a GPU and the CUDA toolkit. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."""
+    install(session, "test-cupy")
+    files = [f"tests/test_{name}.py" for name in ("exact", "treecode", "buckets", "hashing", "index")]
+    for tool in ("memcheck", "racecheck"):
+        session.run(
+            "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "python", "-m", "pytest", "--backend", "cupy",
+            "--device", "cuda", *files, external=True,
+        )  # fmt: skip
 
 
 @nox.session
@@ -75,7 +90,8 @@ def cuda_compile(session: nox.Session) -> None:
 def cuda_emulate(session: nox.Session) -> None:
     """CUDA kernels and their launchers on the CPU, against the generic twins; needs g++ and says so."""
     install(session, "test-cuda")
-    session.run("pytest", "tests/cuda/test_emulation.py", "tests/cuda/test_emulated.py", *session.posargs)
+    files = [f"tests/cuda/test_{name}.py" for name in ("emulation", "wrappers", "emulated")]
+    session.run("pytest", *files, *session.posargs)
 
 
 @nox.session(default=False)

@@ -18,7 +18,13 @@ import opoch_xp
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # need libraries that are not always there
-OPTIONAL = ("opoch_xp.backends.cupy", "opoch_xp.backends.torch", "opoch_xp.integrations.transformers")
+OPTIONAL = (
+    "opoch_xp.backends.compiled.",
+    "opoch_xp.backends.cupy",
+    "opoch_xp.backends.numpy.compiled",
+    "opoch_xp.backends.torch",
+    "opoch_xp.integrations.transformers",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(opoch_xp.__path__, "opoch_xp.")

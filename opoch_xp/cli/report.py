@@ -53,9 +53,9 @@ def write_report(setup: Setup) -> None:
 
     Raises ImportError without matplotlib, FileNotFoundError or IsADirectoryError when the file cannot stand there.
     """
+    check_target("FILE", setup.path)
     if find_spec("matplotlib") is None:
         raise ImportError('the plots need matplotlib: pip install "opoch-xp[report]"')
-    check_target("FILE", setup.path)
     plan = wall.plans(wall.Setup(WORKLOAD, setup.tokens, 64, 1, True, "numpy", setup.seed))[0]
     usual = [method for _, method in plan.methods]
     more = [method for method in ladder(setup.tokens) if method not in usual]
