@@ -1,5 +1,8 @@
 """Checks of the project: `nox` runs them all, `nox -l` lists them, `nox -s "tests(numpy)"` runs one."""
 
+import os
+import shutil
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -39,8 +42,11 @@ BACKENDS = [
 @nox.session
 @nox.parametrize(("backend", "group", "files"), BACKENDS)
 def tests(session: nox.Session, backend: str, group: str, files: list[str]) -> None:
-    """The test suite through one backend: the NumPy plugin, plain or compiled by Numba, the generic twins under
-    array-api-strict, or the PyTorch plugin, compiled and then, where that differs, plain."""
+    """The test suite through one backend.
+
+    The NumPy plugin, plain or compiled by Numba; the generic twins under array-api-strict; the PyTorch plugin, compiled
+    and then, where that differs, plain.
+    """
     install(session, group)
     arguments = [] if backend == "numpy" else ["--backend", backend]
     session.run("pytest", *arguments, *files, *session.posargs)
@@ -57,8 +63,10 @@ def torch_gpu(session: nox.Session) -> None:
 
 @nox.session(name="tests(cupy)", default=False)
 def cupy(session: nox.Session) -> None:
-    """The suite through the CuPy plugin, and every wrapper of PTX against its CPU twin. Without a GPU it is skipped, or
-    fails where OPOCH_REQUIRE_GPU=1."""
+    """The suite through the CuPy plugin. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1.
+
+    And every wrapper of PTX against its twin for a CPU.
+    """
     install(session, "test-cupy")
     session.run("pytest", "--backend", "cupy", "--device", "cuda", *session.posargs)
     session.run("pytest", "--backend", "cupy", "--device", "cuda", "tests/cuda/test_wrappers.py")
@@ -66,8 +74,12 @@ def cupy(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def cuda_sanitize(session: nox.Session) -> None:
-    """The CuPy plugin's treecode, exact attention, buckets and index under compute-sanitizer, memcheck and racecheck;
-    needs a GPU and the CUDA toolkit. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."""
+    """The CuPy plugin under compute-sanitizer, memcheck and racecheck; needs a GPU and the CUDA toolkit.
+
+    Without them it is skipped, or fails where OPOCH_REQUIRE_GPU=1.
+    """
+    if shutil.which("compute-sanitizer") is None and os.environ.get("OPOCH_REQUIRE_GPU") != "1":
+        session.skip("compute-sanitizer, of the CUDA toolkit, is not installed")
     install(session, "test-cupy")
     files = [f"tests/test_{name}.py" for name in ("exact", "treecode", "buckets", "hashing", "index")]
     for tool in ("memcheck", "racecheck"):
@@ -79,8 +91,10 @@ def cuda_sanitize(session: nox.Session) -> None:
 
 @nox.session
 def cuda_compile(session: nox.Session) -> None:
-    """CUDA kernels to machine code by NVRTC, no GPU needed; by nvcc too where there is one. For sm_90, or for others:
-    `nox -s cuda_compile -- 75 80 90 100`."""
+    """CUDA kernels to machine code by NVRTC, no GPU needed; by nvcc too where there is one.
+
+    For sm_90, or for others: `nox -s cuda_compile -- 75 80 90 100`.
+    """
     install(session, "test-cuda")
     chosen = {"OPOCH_ARCHITECTURES": " ".join(session.posargs)} if session.posargs else {}
     session.run("pytest", "tests/cuda/test_compiled.py", env=chosen)

@@ -1,7 +1,7 @@
 """The CuPy plugin on a GPU, in one run: against exact attention by cuBLAS, and against PyTorch's on the same memory.
 
-B = 1, 32 heads of 64, bfloat16, causal and not; then the hash kernel against the lesser of copying and multiplying. Verified
-before it is timed; every call is warmed up and waited for. **It has not been run yet**: no GPU was at hand.
+B = 1, 32 heads of 64, bfloat16, causal and not; then the hash kernel against the lesser of copying and multiplying.
+Verified before it is timed; every call is warmed up and waited for. **It has not been run yet**: no GPU was at hand.
 Needs cupy, ml_dtypes and a PyTorch with CUDA.
 """
 
