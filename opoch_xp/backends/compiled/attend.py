@@ -124,6 +124,157 @@ def own_cells(mass: Array, picked: Array, queries: int, own: int, best: Array, l
 
 
 @compiled
+def load_group(
+    queries: Array, finite: Array, index: Array, scale: Any, turned: Array, squares: Array, lined: Array, votes: Array
+) -> None:
+    """The queries of a group, index (count,) of queries (N, d), scaled: turned (d, g), lined (count, d); half their
+    squares; votes (g,), 0 for queries that are not finite and for padding."""
+    half = queries.dtype.type(0.5)
+    turned[:] = 0
+    votes[:] = 0
+    for j in range(index.size):
+        row = index[j]
+        votes[j] = 1 if finite.size == 0 or finite[row] else 0
+        for c in range(queries.shape[1]):
+            one = queries[row, c] * scale
+            lined[j, c] = one
+            turned[c, j] = one
+    for c in range(turned.shape[0]):
+        for j in range(turned.shape[1]):
+            squares[c, j] = turned[c, j] * turned[c, j] * half
+
+
+@compiled
+def place_of(number: Array, wanted: int) -> int:
+    """Where `wanted` stands in `number`, -1 where it does not."""
+    for place in range(number.size):
+        if number[place] == wanted:
+            return place
+    return -1
+
+
+@compiled
+def open_nodes(number: Array, picked: Array, children: int, opened: Array, given: bool, below: Array) -> int:
+    """The children of the picked nodes, numbered into `below`; how many. `opened` becomes the picked, -1 after them."""
+    found, count = 0, 0
+    for i in range(number.size):
+        if picked[i]:
+            if not given:
+                opened[found] = number[i]
+            found += 1
+            for child in range(children):
+                below[count] = number[i] * children + child
+                count += 1
+    if not given:
+        opened[found:] = -1
+    return count
+
+
+@compiled
+def own_places(number: Array, picked: Array, own: Array, best: Array) -> None:
+    """Places (queries, own) of the cells that the list `own` (queries, own) names, -1 for those the group reads."""
+    for j in range(own.shape[0]):
+        for o in range(own.shape[1]):
+            place = place_of(number, own[j, o]) if own[j, o] >= 0 else -1
+            best[j, o] = place if place >= 0 and not picked[place] else -1
+
+
+@compiled
+def near_keys(number: Array, picked: Array, first: int, leaf: int, node: Array) -> int:
+    """The keys of the picked cells, numbered from cell `first` on, into `node`; how many. Padded to ROWS."""
+    near = 0
+    for i in range(number.size):
+        if picked[i]:
+            for key in range(leaf):
+                node[near] = (first + number[i]) * leaf + key
+                near += 1
+    for i in range(near, -(-near // ROWS) * ROWS):
+        node[i] = node[0]
+    return near
+
+
+@compiled
+def own_logits(cells: Array, kept: Array, dim: int, leaf: int, cell: Array, lined: Array, mine: Array) -> None:
+    """Logits (queries, own * leaf) of the keys of each query's own cells (queries, own), -inf where there is none."""
+    for j in range(cell.shape[0]):
+        for o in range(cell.shape[1]):
+            for one in range(leaf):
+                key = cell[j, o] * leaf + one
+                if cell[j, o] < 0 or (kept.size and not kept[key]):
+                    mine[j, o * leaf + one] = -np.inf
+                    continue
+                row, query = cells[key], lined[j]
+                dot = row[0] * query[0]
+                for c in range(1, dim):
+                    dot += row[c] * query[c]
+                mine[j, o * leaf + one] = dot
+
+
+@compiled
+def weigh(mass: Array, picked: Array, node: Array, top: Array, total: Array) -> int:
+    """exp(mass - top) of the rows that are not picked, brought to the front with their nodes; how many. Sums them."""
+    live = 0
+    for i in range(mass.shape[0]):
+        if picked[i]:
+            continue
+        row = mass[i]
+        for j in range(row.size):  # in place: two rows that may be one would not become vectors
+            row[j] = exponential(row[j] - top[j])
+        for j in range(row.size):
+            total[j] += row[j]
+        if live < i:
+            mass[live, :] = row
+            node[live] = node[i]
+        live += 1
+    return live
+
+
+@compiled
+def finish(
+    sums: Array, total: Array, top: Array, cells: Array, dim: int, leaf: int, cell: Array, mine: Array, index: Array,
+    out: Array, lse: Array,
+) -> None:  # fmt: skip
+    """Adds the own cells to sums (e, g) and total (g,), and writes the rows `index` of out (N, e) and lse (N,)."""
+    e, one_whole = sums.shape[0], sums.dtype.type(1)
+    line = np.empty(e, sums.dtype)
+    for j in range(index.size):
+        row, all_of = index[j], total[j]
+        for c in range(e):
+            line[c] = sums[c, j]
+        for o in range(cell.shape[1]):
+            if cell[j, o] < 0:
+                continue
+            for one in range(leaf):
+                w, values = exponential(mine[j, o * leaf + one] - top[j]), cells[cell[j, o] * leaf + one]
+                all_of += w
+                for c in range(e):
+                    line[c] += w * values[dim + c]
+        if all_of > 0:
+            share_of = one_whole / all_of
+            for c in range(e):
+                out[row, c] = line[c] * share_of
+            lse[row] = top[j] + math.log(all_of)
+        else:
+            out[row, :] = 0
+            lse[row] = -np.inf
+
+
+@compiled
+def most_rows(chunks: Array, nodes: Array, widths: Array, leaf: int) -> tuple[int, int]:
+    """Rows of logits that a group can have at the most, padding included; nodes of its largest level."""
+    largest, widest = 0, 0
+    for f in range(chunks.size):
+        candidates, whole = chunks[f] * nodes[0], 0
+        for level in range(nodes.size):
+            widest = max(widest, candidates)
+            whole += candidates + ROWS
+            opened = min(widths[level], candidates)
+            candidates = opened * (nodes[level + 1] // nodes[level]) if level + 1 < nodes.size else opened * leaf
+        largest = max(largest, whole + candidates + ROWS)
+    return largest, widest
+
+
+@compiled
 def attend_groups(
     queries: Array, finite: Array, index: Array, held: Array, first: Array, chunks: Array, low: int, high: int,
     rows: Array, counts: Array, offsets: Array, nodes: Array, logs: Array, cells: Array, kept: Array, leaf: int,
@@ -138,141 +289,76 @@ def attend_groups(
     (groups, g, own): the lists, numbered from the run's first chunk, -1 where there is none; read if `given`, else
     written. Writes out (N, e) and lse (N,).
     """
-    e = cells.shape[1] - dim
-    levels, most, last = nodes.size, index.shape[1], nodes.size - 1
+    kind, e, levels, most, last = queries.dtype, cells.shape[1] - dim, nodes.size, index.shape[1], nodes.size - 1
     vector = VECTOR // queries.itemsize
     g = -(-most // vector) * vector
-    # what a group can hold at the most
-    largest, candidates, widest = 0, 0, 0
-    for f in range(low, high):
-        candidates, whole = chunks[f] * nodes[0], 0
-        for level in range(levels):
-            widest = max(widest, candidates)
-            whole += candidates + ROWS
-            if level < last:
-                candidates = min(widths[level], candidates) * (nodes[level + 1] // nodes[level])
-        largest = max(largest, whole + min(widths[last], candidates) * leaf + ROWS)
-    kind, one_half = queries.dtype, queries.dtype.type(0.5)
+    largest, widest = most_rows(chunks[low:high], nodes, widths, leaf)
     mass, half, weight = np.empty((largest, g), kind), np.empty((widest + ROWS, g), kind), np.empty((widest, g), kind)
     node, number = np.empty(largest, np.int64), np.empty(largest, np.int64)
     picked, share = np.zeros(largest, np.bool_), np.empty(widest, kind)
     turned, squares, lined = np.empty((dim, g), kind), np.empty((dim, g), kind), np.empty((most, dim), kind)
-    votes, norm, top, factor, total = (np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind),
-                                       np.empty(g, kind))  # fmt: skip
-    best, least = np.empty((most, own), np.int64), np.empty((most, own), kind)
-    mine = np.empty((most, own * leaf), kind)
-    sums, line = np.empty((e, g), kind), np.empty(e, kind)
-    starts = np.empty(levels + 1, np.int64)
+    votes, norm, top, factor = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
+    best, least, mine = np.empty((most, own), np.int64), np.empty((most, own), kind), np.empty((most, own * leaf), kind)
+    total, sums = np.empty(g, kind), np.empty((e, g), kind)
+    begins, ends = np.empty(levels + 1, np.int64), np.empty(levels + 1, np.int64)
     for f in range(low, high):
-        count = held[f]
-        turned[:] = 0
-        votes[:] = 0
-        for j in range(count):
-            row = index[f, j]
-            votes[j] = 1 if finite.size == 0 or finite[row] else 0
-            for c in range(dim):
-                one = queries[row, c] * scale
-                lined[j, c] = one
-                turned[c, j] = one
-        for c in range(dim):
-            for j in range(g):
-                squares[c, j] = turned[c, j] * turned[c, j] * one_half
+        count, cell = held[f], best[: held[f]]
+        load_group(queries, finite, index[f, :count], scale, turned, squares, lined, votes)
         norm[:] = -np.inf
         # steps 1 and 2: from the coarsest level down
         start, candidates, spot = 0, chunks[f] * nodes[0], 0
         for i in range(candidates):
             number[i] = i
         for level in range(levels):
-            starts[level] = start
             stop = start + candidates
-            base = offsets[level] + first[f] * nodes[level]
+            begins[level], ends[level] = start, stop
             for i in range(start, stop):
-                node[i] = base + number[i]
+                node[i] = offsets[level] + first[f] * nodes[level] + number[i]
             log_masses(rows, node, start, candidates, counts, logs[level], dim, turned, squares, mass, half)
-            level_mass, level_picked = mass[start:stop], picked[start:stop]
-            width = min(widths[level], candidates)
+            some, chosen = number[start:stop], picked[start:stop]
+            listed = opened[f, spot : spot + widths[level]]
             if given:
-                level_picked[:] = False
-                for i in range(widths[level]):
-                    wanted = opened[f, spot + i]
-                    if 0 <= wanted < chunks[f] * nodes[level]:
-                        for place in range(candidates):
-                            if number[start + place] == wanted:
-                                level_picked[place] = True
+                chosen[:] = False
+                for wanted in listed:
+                    place = place_of(some, wanted)
+                    if place >= 0:
+                        chosen[place] = True
             else:
-                shares(level_mass, weight, votes, norm, top, factor, share)
-                heaviest(share[:candidates], width, level_picked)
-            below = stop + ROWS  # `node` is padded
-            next_candidates, found = 0, 0
-            children = nodes[level + 1] // nodes[level] if level < last else 0
-            for i in range(start, stop):
-                if picked[i]:
-                    if not given:
-                        opened[f, spot + found] = number[i]
-                    found += 1
-                    for child in range(children):
-                        number[below + next_candidates] = number[i] * children + child
-                        next_candidates += 1
-            if not given:
-                opened[f, spot + found : spot + widths[level]] = -1
+                shares(mass[start:stop], weight, votes, norm, top, factor, share)
+                heaviest(share[:candidates], min(widths[level], candidates), chosen)
             spot += widths[level]
-            start, candidates = below, next_candidates
-        starts[levels] = start
-        # step 4, chosen before the near cells hide what they hold
-        bottom, stop = starts[last], start - ROWS
-        if own:
-            if given:
-                for j in range(count):
-                    for o in range(own):
-                        best[j, o] = -1
-                        wanted = own_list[f, j, o]
-                        if 0 <= wanted < chunks[f] * nodes[last]:
-                            for place in range(stop - bottom):
-                                if number[bottom + place] == wanted and not picked[bottom + place]:
-                                    best[j, o] = place
-            else:
-                own_cells(mass[bottom:stop], picked[bottom:stop], count, own, best, least)
-                for j in range(count):
-                    for o in range(own):
-                        own_list[f, j, o] = number[bottom + best[j, o]] if best[j, o] >= 0 else -1
+            start = stop + ROWS  # nodes are padded
+            children = nodes[level + 1] // nodes[level] if level < last else 0
+            candidates = open_nodes(some, chosen, children, listed, given, number[start:])
+        # step 4, chosen before its logits are hidden from the rest
+        bottom, stop = begins[last], ends[last]
+        if own and given:
+            own_places(number[bottom:stop], picked[bottom:stop], own_list[f, :count], cell)
+        elif own:
+            own_cells(mass[bottom:stop], picked[bottom:stop], count, own, best, least)
         # step 3: keys of the near cells, logits after those of the nodes
-        near = 0
-        for i in range(bottom, stop):
-            if picked[i]:
-                for key in range(leaf):
-                    node[start + near] = (first[f] * nodes[last] + number[i]) * leaf + key
-                    near += 1
-        padded = -(-near // ROWS) * ROWS
-        for i in range(near, padded):
-            node[start + i] = node[start]
-        dots(cells, node, start, start + padded, 0, dim, turned, mass)
-        if kept.size:
-            for i in range(start, start + near):
-                if not kept[node[i]]:
-                    mass[i, :] = -np.inf
-        # step 4: keys of each query's own cells
+        base = first[f] * nodes[last]
+        near = near_keys(number[bottom:stop], picked[bottom:stop], base, leaf, node[start:])
+        begins[levels], ends[levels] = start, start + near
+        dots(cells, node, start, start + -(-near // ROWS) * ROWS, 0, dim, turned, mass)
+        for i in range(start, start + near):
+            picked[i] = False
+            if kept.size and not kept[node[i]]:
+                mass[i, :] = -np.inf
         for j in range(count):
             for o in range(own):
-                place = best[j, o]
-                if place < 0:
-                    mine[j, o * leaf : (o + 1) * leaf] = -np.inf
-                    continue
-                mass[bottom + place, j] = -np.inf  # not to be read twice
-                key = (first[f] * nodes[last] + number[bottom + place]) * leaf
-                for one in range(leaf):
-                    if kept.size and not kept[key + one]:
-                        mine[j, o * leaf + one] = -np.inf
-                        continue
-                    row, query = cells[key + one], lined[j]
-                    dot = row[0] * query[0]
-                    for c in range(1, dim):
-                        dot += row[c] * query[c]
-                    mine[j, o * leaf + one] = dot
+                place = cell[j, o]
+                if place >= 0:
+                    mass[bottom + place, j] = -np.inf  # not to be read twice
+                    cell[j, o] = base + number[bottom + place]
+                if not given:
+                    own_list[f, j, o] = cell[j, o] - base if place >= 0 else -1
+        own_logits(cells, kept, dim, leaf, cell, lined, mine)
         # step 5
         top[:] = -np.inf
         for level in range(levels + 1):
-            for i in range(starts[level], starts[level + 1] - ROWS if level < levels else start + near):
-                if level == levels or not picked[i]:
+            for i in range(begins[level], ends[level]):
+                if not picked[i]:
                     row = mass[i]
                     for j in range(g):
                         top[j] = max(top[j], row[j])
@@ -285,42 +371,10 @@ def attend_groups(
         total[:] = 0
         sums[:] = 0
         for level in range(levels + 1):
-            begin = starts[level]
-            live = begin
-            for i in range(begin, starts[level + 1] - ROWS if level < levels else start + near):
-                if level == levels or not picked[i]:
-                    row = mass[i]
-                    for j in range(g):  # in place: two rows that may be one would not become vectors
-                        row[j] = exponential(row[j] - top[j])
-                    for j in range(g):
-                        total[j] += row[j]
-                    if live < i:
-                        mass[live, :] = row
-                    node[live] = node[i]
-                    live += 1
+            start, stop = begins[level], ends[level]
+            live = start + weigh(mass[start:stop], picked[start:stop], node[start:stop], top, total)
             if level < levels:
-                mix(rows, node, begin, live, 2 * dim, e, mass[begin:live], sums)
+                mix(rows, node, start, live, 2 * dim, e, mass[start:live], sums)
             else:
-                mix(cells, node, begin, live, dim, e, mass[begin:live], sums)
-        for j in range(count):
-            row = index[f, j]
-            for c in range(e):
-                line[c] = sums[c, j]
-            for o in range(own):
-                if best[j, o] < 0:
-                    continue
-                key = (first[f] * nodes[last] + number[bottom + best[j, o]]) * leaf
-                for one in range(leaf):
-                    w = exponential(mine[j, o * leaf + one] - top[j])
-                    total[j] += w
-                    values = cells[key + one]
-                    for c in range(e):
-                        line[c] += w * values[dim + c]
-            if total[j] > 0:
-                share_of = queries.dtype.type(1) / total[j]
-                for c in range(e):
-                    out[row, c] = line[c] * share_of
-                lse[row] = top[j] + math.log(total[j])
-            else:
-                out[row, :] = 0
-                lse[row] = -np.inf
+                mix(cells, node, start, live, dim, e, mass[start:live], sums)
+        finish(sums, total, top, cells, dim, leaf, cell, mine, index[f, :count], out, lse)
