@@ -245,10 +245,11 @@ def finish(
             if cell[j, o] < 0:
                 continue
             for one in range(leaf):
-                w, values = exponential(mine[j, o * leaf + one] - top[j]), cells[cell[j, o] * leaf + one]
+                w = exponential(mine[j, o * leaf + one] - top[j])
+                values = cells[cell[j, o] * leaf + one, dim : dim + e]  # dim + c might count from the end: no vectors
                 all_of += w
                 for c in range(e):
-                    line[c] += w * values[dim + c]
+                    line[c] += w * values[c]
         if all_of > 0:
             share_of = one_whole / all_of
             for c in range(e):

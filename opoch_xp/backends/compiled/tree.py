@@ -57,11 +57,12 @@ def gather_cells(k: Array, v: Array, order: Array, base: int, cells: Array) -> N
     dim, width = k.shape[1], v.shape[1]
     for c in range(chunks):
         for i in range(size):
-            row, into = base + c * size + order[c, i], cells[c, i]
+            row = base + c * size + order[c, i]
+            key, value = cells[c, i, :dim], cells[c, i, dim:]
             for x in range(dim):
-                into[x] = k[row, x]
+                key[x] = k[row, x]
             for x in range(width):
-                into[dim + x] = v[row, x]
+                value[x] = v[row, x]
 
 
 @compiled
@@ -76,26 +77,27 @@ def summarise(below: Array, weight: Array, dim: int, spread: bool, out: Array) -
     one = out.dtype.type(1)
     for c in range(chunks):
         for node in range(nodes):
-            into, first = out[c, node], node * children
+            mean, var, value = out[c, node, :dim], out[c, node, dim : 2 * dim], out[c, node, 2 * dim :]
+            first = node * children
             total = weight[c, first]
             for i in range(first + 1, first + children):
                 total += weight[c, i]
             share_of = one / total if total > 0 else one
-            into[:] = 0
+            out[c, node] = 0
             for i in range(first, first + children):
-                part, row = weight[c, i] * share_of, below[c, i]
+                part, key, more = weight[c, i] * share_of, below[c, i, :dim], below[c, i, values:]
                 for x in range(dim):
-                    into[x] += part * row[x]
+                    mean[x] += part * key[x]
                 for x in range(width - 2 * dim):
-                    into[2 * dim + x] += part * row[values + x]
+                    value[x] += part * more[x]
             for i in range(first, first + children):
-                part, row = weight[c, i] * share_of, below[c, i]
+                part, key, within = weight[c, i] * share_of, below[c, i, :dim], below[c, i, dim : 2 * dim]
                 for x in range(dim):
-                    difference = row[x] - into[x]
-                    into[dim + x] += part * (difference * difference)
+                    difference = key[x] - mean[x]
+                    var[x] += part * (difference * difference)
                 if spread:
                     for x in range(dim):
-                        into[dim + x] += part * row[dim + x]
+                        var[x] += part * within[x]
 
 
 def query_groups(queries: Array, axes: Any, method: Treecode, workers: int) -> Array:
