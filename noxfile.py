@@ -30,12 +30,16 @@ TREES = [
     f"tests/test_{name}.py" for name in ("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
 ]
 PLAIN = {"OPOCH_COMPILED": "0"}
+# What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite.
+JAX = [f"tests/test_{name}.py" for name in ("audit", "exact", "hashing", "jax", "treecode")]
 
 BACKENDS = [
     nox.param("numpy", "test", [], id="numpy"),
     nox.param("numpy", "test-compiled", TREES, id="compiled"),
     nox.param("strict", "test", [], id="strict"),
+    nox.param("readonly", "test", [], id="readonly"),
     nox.param("torch", "test-torch", [], id="torch"),
+    nox.param("jax", "test-jax", JAX, id="jax"),
 ]
 
 

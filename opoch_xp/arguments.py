@@ -59,7 +59,8 @@ def _check_kind(**arrays: Array) -> None:
     for name, dtype in dtypes.items():
         if dtype not in DTYPES:
             raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype}")
-    for what, figures in (("dtype", dtypes), ("device", {name: device(array) for name, array in arrays.items()})):
+    devices = {name: where for name, array in arrays.items() if (where := device(array)) is not None}  # None: traced
+    for what, figures in (("dtype", dtypes), ("device", devices)):
         if len({str(figure) for figure in figures.values()}) > 1:
             given = ", ".join(f"{name}: {figure}" for name, figure in figures.items())
             kind = TypeError if what == "dtype" else ValueError
@@ -93,7 +94,7 @@ def _check_mask(xp: Any, key_mask: Array, k: Array) -> None:
     if tuple(key_mask.shape) != tuple(expected):
         shape = tuple(key_mask.shape)
         raise ValueError(f"key_mask must have shape {tuple(expected)}, the batch axes of k and n_k; got {shape}")
-    if str(device(key_mask)) != str(device(k)):
+    if None not in (device(key_mask), device(k)) and str(device(key_mask)) != str(device(k)):
         raise ValueError(f"key_mask must be on the device of k, {device(k)}, got {device(key_mask)}")
 
 

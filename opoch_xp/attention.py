@@ -8,7 +8,7 @@ from warnings import warn
 from opoch_xp.arguments import check_scale, on_host, prepare, restore
 from opoch_xp.audit import Audit, audit_solution
 from opoch_xp.cost import visible_pairs
-from opoch_xp.graphs import follower
+from opoch_xp.graphs import follower, traced
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import check_method, choose, solve
@@ -113,8 +113,10 @@ def attend(
                     backend=backend, check=check, check_finite=check_finite,
                 )  # fmt: skip
         if graph.opaque(q, k, v):
-            refused = {"tol": tol, "check": check, "check_finite": check_finite}
-            return _unseen(graph, q, k, v, causal, scale, key_mask, method, refused)
+            _refuse(tol=tol, check=check, check_finite=check_finite)
+            return _unseen(graph, q, k, v, causal, scale, key_mask, method)
+    elif traced(q, k, v, key_mask):
+        _refuse(tol=tol, check=check, check_finite=check_finite, method=method if isinstance(method, LSH) else None)
     problem = prepare(
         q, k, v, causal=causal, scale=scale, key_mask=key_mask, backend=backend, check_finite=check_finite
     )
@@ -144,17 +146,22 @@ def attend(
     return Attention(out, lse, Report(method, reason, solution.rows, exact, tuple(passes), audit))
 
 
-def _unseen(
-    graph: Any, q: Array, k: Array, v: Array, causal: bool, scale: float | None, key_mask: Array | None,
-    method: Method | None, refused: dict[str, Any],
-) -> Attention:  # fmt: skip
-    """The call where no number can be looked at: compiled, batched by a transformation, or shapes alone."""
-    for name, value in refused.items():
+def _refuse(**options: Any) -> None:
+    """ValueError for what must look at numbers, where there are none: compiled, batched, or shapes alone."""
+    for name, value in options.items():
         if value:
             raise ValueError(
-                f"{name} must look at numbers, which compiled, batched and meta arrays do not show; got {name}={value}:"
-                " measure outside, with opoch_xp.tune or opoch_xp.audit, and name the method here"
+                f"{name} must look at numbers, which compiled, batched, traced and meta arrays do not show; got"
+                f" {name}={value}: measure outside, with opoch_xp.tune or opoch_xp.audit, and name here a method whose"
+                " shapes are static, Exact or Treecode"
             )
+
+
+def _unseen(
+    graph: Any, q: Array, k: Array, v: Array, causal: bool, scale: float | None, key_mask: Array | None,
+    method: Method | None,
+) -> Attention:  # fmt: skip
+    """The call where no number can be looked at: compiled, batched by a transformation, or shapes alone."""
     scale = check_scale(scale, q.shape[-1])
     out, lse, figures = graph.attend(q, k, v, key_mask, bool(causal), scale, graph.numbers(method))
     exact = visible_pairs(q.shape[-2], k.shape[-2], causal) / max(q.shape[-2], 1)

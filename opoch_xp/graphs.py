@@ -1,4 +1,7 @@
-"""Libraries that follow what is computed, for gradients or to compile it: their plugin runs a call as one operator."""
+"""Libraries that follow what is computed, for gradients or to compile it.
+
+PyTorch's plugin runs a followed call as one operator; JAX traces through the call, whose arrays then hold no numbers.
+"""
 
 import sys
 from types import ModuleType
@@ -19,3 +22,9 @@ def follower(*arrays: Array) -> ModuleType | None:
     from opoch_xp.backends.torch import operator
 
     return operator if operator.follows(*arrays) else None
+
+
+def traced(*arrays: Array) -> bool:
+    """Whether JAX traces any of the arrays, to compile, differentiate or batch what is computed from them."""
+    jax = sys.modules.get("jax")
+    return jax is not None and any(isinstance(array, jax.core.Tracer) for array in arrays)

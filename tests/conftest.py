@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,7 +25,12 @@ SOURCES = Path(str(find_spec("opoch_xp.backends.compiled").origin)).parent.glob(
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES))).hexdigest()[:12]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opoch-xp-{DIGEST}"))
 
-LIBRARIES = {"numpy": "array_api_compat.numpy", "generic": "array_api_compat.numpy", "strict": "array_api_strict"}
+LIBRARIES = {
+    "numpy": "array_api_compat.numpy",
+    "generic": "array_api_compat.numpy",
+    "strict": "array_api_strict",
+    "jax": "jax.numpy",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,18 @@ class Backend:
     def has(self, dtype: str) -> bool:
         return hasattr(self.xp, dtype)
 
+    def gradients(self, loss: Callable[..., Any], *host: np.ndarray) -> list[np.ndarray]:
+        """Gradients of loss(*arrays) for the host arrays, on the host; the test is skipped where there are none."""
+        arrays = [self.array(array) for array in host]
+        if hasattr(self.xp, "autograd"):
+            arrays = [array.requires_grad_() for array in arrays]
+            found = self.xp.autograd.grad(loss(*arrays), arrays)
+        elif self.option == "jax":
+            found = import_module("jax").grad(loss, range(len(arrays)))(*arrays)
+        else:
+            pytest.skip("the library has no gradients")
+        return [self.numpy(gradient) for gradient in found]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -80,12 +97,15 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device is not None:
         _require(device, option)
+    if option == "jax":  # float64, and codes of 64 bits
+        os.environ.setdefault("JAX_ENABLE_X64", "1")
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiled once, run once
     try:
         xp = import_module(LIBRARIES.get(option, f"array_api_compat.{option}"))
     except ImportError as missing:
         raise pytest.UsageError(f"--backend {option}: {missing}") from missing
-    # the same examples every time; fewer where every operation is checked by the library
-    examples, phases = (15 if option == "strict" else 40), (Phase.explicit, Phase.generate, Phase.shrink)
+    # the same examples every time; fewer where every operation is checked by the library, or compiled for every shape
+    examples, phases = {"strict": 15, "jax": 3}.get(option, 40), (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
     settings.load_profile("suite")
     config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp, device)

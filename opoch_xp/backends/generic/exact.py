@@ -52,29 +52,51 @@ def exact_attention(
 def _rows(
     xp: Any, q: Array, k: Array, v: Array, scale: float, mask: Array | None, last: np.ndarray | None
 ) -> tuple[Array, Array]:
-    here = {"device": device(q), "dtype": q.dtype}
-    top = xp.full(q.shape[:3], -xp.inf, **here)
-    total = xp.zeros(q.shape[:3], **here)
-    out = xp.zeros((*q.shape[:3], v.shape[-1]), **here)
+    state = nothing_seen(xp, q, v)
     stop = k.shape[1] if last is None else max(0, min(k.shape[1], int(last.max()) + 1))
     for s in range(0, stop, KEYS):
         e = min(s + KEYS, stop)
-        logits = scale * (q @ xp.permute_dims(k[:, s:e, :], (0, 2, 1))[:, None, :, :])  # (batch, repeat, rows, keys)
+        visible = None
         if last is not None and e - 1 > int(last.min()):
             visible = xp.asarray(np.arange(s, e)[None] <= last[:, None], device=device(q))
-            logits = xp.where(visible, logits, -xp.inf)
-        if mask is not None:
-            logits = xp.where(mask[:, None, None, s:e], logits, -xp.inf)
-        highest = xp.maximum(top, xp.max(logits, axis=-1))
-        shift = xp.where(highest == -xp.inf, 0.0, highest)
-        weight = xp.exp(logits - shift[..., None])
-        keep = xp.exp(top - shift)
-        out = out * keep[..., None] + weight @ v[:, None, s:e, :]
-        total = total * keep + xp.sum(weight, axis=-1)
-        top = highest
+        kept = None if mask is None else mask[:, s:e]
+        state = absorb(xp, state, q, k[:, s:e, :], v[:, s:e, :], scale, visible, kept)
+    return finished(xp, state)
+
+
+State = tuple[Array, Array, Array]  # largest logit (batch, repeat, rows), total weight, weighted values (..., d_v)
+
+
+def nothing_seen(xp: Any, q: Array, v: Array) -> State:
+    """The state of rows q (batch, repeat, rows, d) before any key."""
+    here = {"device": device(q), "dtype": q.dtype}
+    shape = q.shape[:3]
+    return xp.full(shape, -xp.inf, **here), xp.zeros(shape, **here), xp.zeros((*shape, v.shape[-1]), **here)
+
+
+def absorb(
+    xp: Any, state: State, q: Array, k: Array, v: Array, scale: float, visible: Array | None, kept: Array | None
+) -> State:
+    """The state after the keys k (batch, keys, d); visible (rows, keys) and kept (batch, keys) bool, None for all."""
+    top, total, out = state
+    logits = scale * (q @ xp.permute_dims(k, (0, 2, 1))[:, None, :, :])  # (batch, repeat, rows, keys)
+    if visible is not None:
+        logits = xp.where(visible, logits, -xp.inf)
+    if kept is not None:
+        logits = xp.where(kept[:, None, None, :], logits, -xp.inf)
+    highest = xp.maximum(top, xp.max(logits, axis=-1))
+    shift = xp.where(highest == -xp.inf, 0.0, highest)
+    weight = xp.exp(logits - shift[..., None])
+    keep = xp.exp(top - shift)
+    return highest, total * keep + xp.sum(weight, axis=-1), out * keep[..., None] + weight @ v[:, None, :, :]
+
+
+def finished(xp: Any, state: State) -> tuple[Array, Array]:
+    """out and lse of a state that has seen every key."""
+    top, total, out = state
     seen = total != 0
-    lse = xp.where(seen, top + xp.log(xp.where(seen, total, 1.0)), -xp.inf)
-    return out / xp.where(seen, total, 1.0)[..., None], lse
+    safe = xp.where(seen, total, 1.0)
+    return out / safe[..., None], xp.where(seen, top + xp.log(safe), -xp.inf)
 
 
 def merge_part(out: Array, lse: Array, part: Array, part_lse: Array, start: int) -> tuple[Array, Array]:

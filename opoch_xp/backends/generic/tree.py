@@ -1,9 +1,10 @@
 """The treecode's two kernels for any array library: trees of equal chunks, and queries against runs of them.
 
-Static: no boolean indexing, no data-dependent shapes. T tasks, F groups, g rows a group, m nodes, d and e the widths of
-keys and values.
+Static: no boolean indexing, no data-dependent shapes. Whole numbers have the library's own dtype. T tasks, F groups, g
+rows a group, m nodes, d and e the widths of keys and values.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None) ->
     where = device(x)
     flat = xp.reshape(x, (tasks * n, dim))
     weight = None if kept is None else xp.reshape(xp.astype(kept, x.dtype), (tasks * n,))
-    base = xp.reshape(xp.arange(tasks, dtype=xp.int64, device=where) * n, (tasks, 1, 1))
-    order = xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=where), (tasks, 1, n))
+    base = xp.reshape(xp.arange(tasks, device=where) * n, (tasks, 1, 1))
+    order = xp.broadcast_to(xp.arange(n, device=where), (tasks, 1, n))
     for level in range(len(axes)):
         node = rows_of(xp, flat, order + base)  # (T, nodes, size, d)
         if weight is None:
@@ -43,7 +44,7 @@ def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None) ->
             w = rows_of(xp, weight, order + base)[..., None]
             count = xp.sum(w, axis=2, keepdims=True)
             node = (node - xp.sum(node * w, axis=2, keepdims=True) / xp.where(count == 0, 1.0, count)) * w
-        axis = xp.asarray(np.asarray(axes[level])[:, None], dtype=x.dtype, device=where)
+        axis = xp.asarray(axes[level][:, None], dtype=x.dtype, device=where)
         axis = xp.broadcast_to(axis, (*node.shape[:2], dim, 1))
         for _ in range(iterations):
             axis = xp.matrix_transpose(node) @ (node @ axis)
@@ -73,7 +74,7 @@ def build_tree(
     chunks, size, dim = k.shape
     if order is None:
         order = principal_order(k, axes, method.iterations, mask)
-    base = xp.arange(chunks, dtype=xp.int64, device=device(k))[:, None] * size
+    base = xp.arange(chunks, device=device(k))[:, None] * size
     rows = xp.concat([xp.reshape(k, (chunks * size, dim)), xp.reshape(v, (chunks * size, -1))], axis=-1)
     cells = rows_of(xp, rows, order + base)  # (chunks, size, d + d_v)
     kept = None if mask is None else rows_of(xp, xp.reshape(mask, (-1,)), order + base)
@@ -137,7 +138,8 @@ def tree_attention(
     being padding; `lists`, if given, what each group opens (groups of all tasks in turn).
     A non-finite query spoils its own row and has no vote in its group.
     """
-    return _attend(queries, tree, first, count, axes, method, scale, groups, lists)[:2]
+    run = (first, count, most_chunks(count))
+    return attend_runs(queries, tree, run, axes, method, scale, groups, lists)[:2]
 
 
 def tree_lists(
@@ -152,7 +154,12 @@ def tree_lists(
     groups: Array,
 ) -> Lists:
     """What tree_attention opens for the groups given: arguments as there."""
-    return _attend(queries, tree, first, count, axes, method, scale, groups, None)[2]
+    return attend_runs(queries, tree, (first, count, most_chunks(count)), axes, method, scale, groups, None)[2]
+
+
+def most_chunks(count: np.ndarray) -> int:
+    """The most chunks that a task reads, at least 1."""
+    return max(1, int(np.max(count)))
 
 
 def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
@@ -169,7 +176,7 @@ def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
     size = n if total == 1 else method.group
     padded = size << splits(n, size)
     if size == 1:  # nothing is shared: any order will do
-        return xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=here), (tasks, n))
+        return xp.broadcast_to(xp.arange(n, device=here), (tasks, n))
     if padded == n:
         return principal_order(queries, axes, method.iterations, None)
     rest = xp.zeros((tasks, padded - n, dim), dtype=queries.dtype, device=here)
@@ -183,17 +190,35 @@ def _finite(xp: Any, queries: Array) -> Array:
     return xp.isfinite(xp.sum(queries * 0.0, axis=-1))
 
 
-def _attend(
+def in_blocks(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], step: int) -> tuple[Array, ...]:
+    """function(*arrays) for `step` entries of their first axis at a time, the results joined: it bounds memory."""
+    xp = array_namespace(arrays[0])
+    stop = arrays[0].shape[0]
+    parts = [function(*(a[start : min(start + step, stop), ...] for a in arrays)) for start in range(0, stop, step)]
+    return tuple(xp.concat(part, axis=0) for part in zip(*parts, strict=True))
+
+
+def largest(x: Array, count: int) -> Array:
+    """Places of the `count` largest entries along the last axis, the largest first, ties to the lower place."""
+    return array_namespace(x).argsort(-x, axis=-1, stable=True)[..., :count]
+
+
+def attend_runs(
     queries: Array,
     tree: Tree,
-    first: Any,
-    count: Any,
+    run: tuple[Array, Array, int],
     axes: Any,
     method: Treecode,
     scale: float,
-    groups: Any,
-    lists: Any,
+    groups: Array | None,
+    lists: Lists | None,
+    loop: Callable[..., tuple[Array, ...]] = in_blocks,
+    top: Callable[[Array, int], Array] = largest,
 ) -> tuple[Array, Array, Lists]:
+    """out, lse and lists of tree_attention; run: first and count (T,), and the widest count.
+
+    loop and top: `in_blocks` and `largest` of a library that has better ones than the Array API standard.
+    """
     xp = array_namespace(queries)
     tasks, n, dim = queries.shape
     here = device(queries)
@@ -203,40 +228,36 @@ def _attend(
         groups = query_groups(queries, axes, method)
     total = group_count(n, method.group)
     valid = groups < n
-    index = xp.where(valid, groups, 0) + xp.arange(tasks, dtype=xp.int64, device=here)[:, None] * n
+    index = xp.where(valid, groups, 0) + xp.arange(tasks, device=here)[:, None] * n
     size = groups.shape[1] // total
     index, valid = (xp.reshape(a, (tasks * total, size)) for a in (index, valid))
     grouped = rows_of(xp, xp.reshape(queries, (tasks * n, dim)), index)  # (F, g, d)
     votes = xp.astype(valid & rows_of(xp, xp.reshape(finite, (-1,)), index), queries.dtype)
+    first, count = (xp.repeat(xp.asarray(a, device=here), total) for a in run[:2])
 
-    first, count = (np.repeat(np.asarray(a, dtype=np.int64), total) for a in (first, count))
-    widest = max(1, int(count.max()))  # chunks
-    read = rows_read(tree.cells.shape[1], widest, method)
+    def some(q: Array, votes: Array, first: Array, count: Array, *given: Array) -> tuple[Array, ...]:
+        chosen = Lists(given[:-1], given[-1]) if given else None
+        out, lse, opened = attend_groups(q, votes, tree, (first, count, run[2]), method, scale, chosen, top)
+        return out, lse, *opened.opened, opened.own
+
+    read, width = rows_read(tree.cells.shape[1], run[2], method), tree.cells.shape[-1]
     shared, own = read["far"] + read["near"], read["own"]
-    step = max(1, ELEMENTS // max(1, size * (shared + own * tree.cells.shape[-1]) + shared * tree.cells.shape[-1]))
-    parts = []
-    for start in range(0, tasks * total, step):
-        piece = slice(start, min(start + step, tasks * total))
-        chosen = None if lists is None else Lists(tuple(a[piece, ...] for a in lists.opened), lists.own[piece, ...])
-        run = (first[piece], count[piece], widest)
-        parts.append(attend_groups(grouped[piece, ...], votes[piece, ...], tree, run, method, scale, chosen))
-    out = xp.concat([part[0] for part in parts], axis=0)
-    lse = xp.concat([part[1] for part in parts], axis=0)
-    chosen = Lists(
-        tuple(xp.concat([part[2].opened[i] for part in parts], axis=0) for i in range(len(parts[0][2].opened))),
-        xp.concat([part[2].own for part in parts], axis=0),
-    )
+    step = max(1, ELEMENTS // max(1, size * (shared + own * width) + shared * width))
+    given = () if lists is None else (*lists.opened, lists.own)
+    out, lse, *opened = loop(some, (grouped, votes, first, count, *given), step)
     place = xp.argsort(groups, axis=1, stable=True)[:, :n]  # padding numbers are the largest
-    place = place + xp.arange(tasks, dtype=xp.int64, device=here)[:, None] * (total * size)
+    place = place + xp.arange(tasks, device=here)[:, None] * (total * size)
     out = rows_of(xp, xp.reshape(out, (tasks * total * size, -1)), place)
     lse = rows_of(xp, xp.reshape(lse, (-1,)), place)
     spoiled = ~finite
+    chosen = Lists(tuple(opened[:-1]), opened[-1])
     return xp.where(spoiled[..., None], xp.nan, out), xp.where(spoiled, xp.nan, lse), chosen
 
 
 def attend_groups(
-    q: Array, votes: Array, tree: Tree, run: tuple[Any, Any, int], method: Treecode, scale: float, lists: Lists | None
-) -> tuple[Array, Array, Lists]:
+    q: Array, votes: Array, tree: Tree, run: tuple[Any, Any, int], method: Treecode, scale: float, lists: Lists | None,
+    top: Callable[[Array, int], Array] = largest,
+) -> tuple[Array, Array, Lists]:  # fmt: skip
     """Steps 1 to 5 for groups q (F, g, d), voting with weight votes (F, g); run: first and count (F,), widest count."""
     first, count, widest = run
     xp = array_namespace(q)
@@ -245,7 +266,7 @@ def attend_groups(
     nodes = [a.shape[1] for a in tree.summaries]
     base = xp.asarray(first, device=here)[:, None]  # (F, 1)
     limit = xp.asarray(count, device=here)[:, None]
-    candidates = xp.arange(widest * nodes[depth], dtype=xp.int64, device=here)[None, :]
+    candidates = xp.arange(widest * nodes[depth], device=here)[None, :]
     candidates = xp.broadcast_to(candidates, (q.shape[0], candidates.shape[1]))
     norm = xp.full((*q.shape[:2], 1), -xp.inf, dtype=q.dtype, device=here)
     square = q * q * scale**2
@@ -267,9 +288,11 @@ def attend_groups(
         norm = xp.maximum(norm, _logsumexp(xp, mass))  # no query's votes at a level exceed 1 in sum
         share = xp.exp(mass - xp.where(norm == -xp.inf, 0.0, norm))
         share = xp.sum(xp.where(votes[..., None] > 0, share, 0.0), axis=1)  # (F, m)
-        rank = xp.argsort(xp.where(there, -share, 1.0), axis=1, stable=True)  # absent nodes last
         width = min(method.open if level else method.near, candidates.shape[1])
-        pick = _given(xp, candidates, lists.opened[depth - level]) if lists is not None else rank[:, :width]
+        if lists is not None:
+            pick = _given(xp, candidates, lists.opened[depth - level])
+        else:
+            pick = top(xp.where(there, share, -1.0), width)  # absent nodes last
         picked = _among(xp, pick, candidates.shape[1])
         chosen = xp.take_along_axis(candidates, pick, axis=1)
         opened.append(chosen)
@@ -277,7 +300,7 @@ def attend_groups(
         values.append(value)
         if level:
             children = nodes[level - 1] // nodes[level]
-            below = xp.arange(children, dtype=xp.int64, device=here)
+            below = xp.arange(children, device=here)
             candidates = xp.reshape(chosen[..., None] * children + below, (q.shape[0], -1))
     cells, cell_kept = _cells(xp, tree, chosen, base, limit)  # near field of the group
     near = scale * (q @ xp.matrix_transpose(cells[..., :dim]))
@@ -285,9 +308,10 @@ def attend_groups(
     values.append(cells[..., dim:])
 
     mass = logits[depth]  # of the cells that the group did not take
-    best = xp.argsort(-mass, axis=2, stable=True)[:, :, : max(0, min(method.own, mass.shape[2] - pick.shape[1]))]
     if lists is not None:
         best = _given(xp, candidates[:, None, :], lists.own)
+    else:
+        best = top(mass, max(0, min(method.own, mass.shape[2] - pick.shape[1])))
     own = xp.take_along_axis(xp.broadcast_to(candidates[:, None, :], mass.shape), best, axis=2)  # (F, g, own)
     logits[depth] = xp.where(_among(xp, best, mass.shape[2]), -xp.inf, mass)
     taken = xp.take_along_axis(mass, best, axis=2) > -xp.inf
@@ -306,7 +330,7 @@ def _logsumexp(xp: Any, x: Array) -> Array:
 
 def _among(xp: Any, pick: Array, width: int) -> Array:
     """Bool (..., width): which places are in pick (..., k), whose entries differ."""
-    places = xp.arange(width, dtype=xp.int64, device=device(pick))
+    places = xp.arange(width, device=device(pick))
     return xp.any(pick[..., None, :] == places[:, None], axis=-1)
 
 
