@@ -1,4 +1,9 @@
-"""`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`."""
+"""`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`.
+
+NAME is that of an array library, as in an entry point of the group `opoch_xp.backends`: the suite then takes its arrays
+from that library, and its kernels from the plugin installed for it. Others: generic, the generic twins on NumPy arrays;
+strict, under array-api-strict with what a compiler of static shapes would refuse switched off.
+"""
 
 import hashlib
 import os
@@ -7,7 +12,9 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,8 @@ import numpy as np
 import pytest
 from hypothesis import Phase, settings
 
-from opoch_xp.backends import kernels_for
+from opoch_xp.backends import GROUP, kernels_for
+from opoch_xp.testing import Library, namespace
 
 if not Path("/proc/driver/nvidia").exists():  # no GPU: Triton's kernels run on the CPU, which it settles when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,7 +33,7 @@ SOURCES = Path(str(find_spec("opoch_xp.backends.compiled").origin)).parent.glob(
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES))).hexdigest()[:12]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opoch-xp-{DIGEST}"))
 
-LIBRARIES = {"numpy": "array_api_compat.numpy", "generic": "array_api_compat.numpy", "strict": "array_api_strict"}
+LIBRARIES = {"generic": "numpy", "strict": "array_api_strict"}  # options that are no library's name
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,11 @@ class Backend:
 
     option: str
     name: str | None
-    xp: Any
-    device: str | None = None
+    library: Library
+
+    @property
+    def xp(self) -> Any:
+        return self.library.xp
 
     @property
     def kernels(self) -> Any:
@@ -43,25 +54,19 @@ class Backend:
 
     def array(self, array: Any) -> Any:
         """A copy of a host array in the backend's library, on the device asked for."""
-        named = self.device is not None and self.option == "torch"  # CuPy's arrays have no other device
-        return self.xp.asarray(np.array(array), **({"device": self.device} if named else {}))
+        return self.library.array(array)
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of one of the backend's arrays."""
-        if hasattr(array, "get") and hasattr(array, "device"):  # CuPy's
-            array = array.get()
-        if hasattr(array, "detach"):
-            array = array.detach().cpu()
-            array = (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
-        return np.array(array)
+        return self.library.host(array)
 
     def has(self, dtype: str) -> bool:
-        return hasattr(self.xp, dtype)
+        return self.library.has(dtype)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--backend", default="numpy", help="numpy (the plugin), generic, strict, or a library: torch, jax.numpy, ..."
+        "--backend", default="numpy", help="a library that a plugin is installed for: numpy, torch; generic; strict"
     )
 
     parser.addoption(
@@ -81,21 +86,22 @@ def pytest_configure(config: pytest.Config) -> None:
     if device is not None:
         _require(device, option)
     try:
-        xp = import_module(LIBRARIES.get(option, f"array_api_compat.{option}"))
+        xp = namespace(LIBRARIES.get(option, option))
     except ImportError as missing:
         raise pytest.UsageError(f"--backend {option}: {missing}") from missing
     # the same examples every time; fewer where every operation is checked by the library
     examples, phases = (15 if option == "strict" else 40), (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
     settings.load_profile("suite")
-    config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp, device)
+    name = option if option in {"generic", *entry_points(group=GROUP).names} else None
+    config.stash[BACKEND] = Backend(option, name, Library(xp, None if option == "cupy" else device))  # it has no other
 
 
 def _require(device: str, library: str) -> None:
     """Ends the run where the device is not there: as a success that says why, or as a failure where one is required."""
     module = import_module(library)
-    found = module.is_available() if library == "cupy" else module.cuda.is_available()
-    if not found:
+    found = {"cupy": "is_available", "torch": "cuda.is_available"}.get(library)
+    if found and not attrgetter(found)(module)():
         reason = f"--device {device}: {library} finds no GPU on this machine"
         required = os.environ.get("OPOCH_REQUIRE_GPU") == "1"
         pytest.exit(f"{reason}{' and OPOCH_REQUIRE_GPU=1' if required else ''}", returncode=1 if required else 0)

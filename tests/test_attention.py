@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from compare import assert_close, rounding
 from conftest import Backend
-from inputs import MANY, qkv
 
 import opoch_xp as ox
 from opoch_xp import Exact, Treecode
+from opoch_xp.testing import MANY, assert_close, qkv, rounding
 
 SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=6, near=3, own=2)
 FULL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=MANY, near=MANY, own=MANY)
