@@ -127,24 +127,26 @@ def kernels_for(xp: Any, backend: str | None = None) -> SimpleNamespace:
     return _kernels(name if name in _found() and backend != "generic" else "generic")
 
 
+def listed(name: str) -> Backend:
+    """One of the installed backends; one that is broken has its reason."""
+    points = _found().get(name, ())
+    source = ", ".join(map(_origin, points)) or "opoch_xp.backends.generic"
+    version = points[0].dist.version if points and points[0].dist else ""
+    try:
+        native = _kernels(name).native
+        reason = getattr(_module(name), "unavailable", lambda: "")()
+    except Exception as error:  # any plugin may fail in any way; the listing says how
+        reason, native = f"{type(error).__name__}: {error}", ()
+    filled = tuple(kernel for kernel in KERNELS if kernel not in native) if native else ()
+    return Backend(name, source, version, not reason, reason, native, filled)
+
+
 def installed() -> list[Backend]:
     """Every backend that is installed: its name, source, version, whether it can be used or why not, its kernels.
 
     A backend that is broken is listed with its reason; nothing is raised.
     """
-    listing = []
-    for name, points in sorted({**_found(), "generic": ()}.items()):
-        source = ", ".join(map(_origin, points)) or "opoch_xp.backends.generic"
-        version = points[0].dist.version if points and points[0].dist else ""
-        try:
-            kernels = _kernels(name)
-            reason = getattr(_module(name), "unavailable", lambda: "")()
-            native = kernels.native
-        except Exception as error:  # any plugin may fail in any way; the listing says how
-            reason, native = f"{type(error).__name__}: {error}", ()
-        filled = tuple(kernel for kernel in KERNELS if kernel not in native) if native else ()
-        listing.append(Backend(name, source, version, not reason, reason, native, filled))
-    return listing
+    return [listed(name) for name in sorted({*_found(), "generic"})]
 
 
 class _Backends(ModuleType):

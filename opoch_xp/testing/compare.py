@@ -3,6 +3,7 @@
 import numpy as np
 
 DECISIONS_GIVEN = 1e-10  # two float64 evaluations of one formula on inputs of order 1, whatever the order of the sums
+SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1 to the next number
 
 
 def difference(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> tuple[str, str]:
@@ -59,6 +60,13 @@ def rounding(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = 
     """
     epsilon = float(np.finfo("float32" if dtype in ("float16", "bfloat16") else dtype).eps)
     scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
-    largest = scale * np.linalg.norm(np.nan_to_num(q), axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max()
+    largest = (
+        scale * np.linalg.norm(np.nan_to_num(q), axis=-1).max(initial=0) * np.linalg.norm(k, axis=-1).max(initial=0)
+    )
     roundings = (2 * q.shape[-1] + 32) * (largest + np.log(k.shape[-2])) + k.shape[-2] + 64
     return float(epsilon * roundings * max(1.0, np.abs(v).max(initial=0)))
+
+
+def budget(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, dtype: str = "float64") -> float:
+    """`rounding`, and for 16-bit inputs that of the weights, which may be multiplied in 16 bits too."""
+    return rounding(q, k, v, scale, dtype) + SPACING.get(dtype, 0.0) * float(np.abs(v).max(initial=0))
