@@ -7,15 +7,17 @@ strict, under array-api-strict with what a compiler of static shapes would refus
 
 import hashlib
 import os
+import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ SOURCES = Path(str(find_spec("opoch_xp.backends.compiled").origin)).parent.glob(
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES))).hexdigest()[:12]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opoch-xp-{DIGEST}"))
 
+registry = import_module("opoch_xp.backends")
+Install = Callable[..., None]
 LIBRARIES = {"generic": "numpy", "strict": "array_api_strict"}  # options that are no library's name
 
 
@@ -126,3 +130,31 @@ def _flags(item: pytest.Item) -> AbstractContextManager[Any]:
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.config.stash[BACKEND]
+
+
+def module(name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(members)
+    return made
+
+
+def _forget() -> None:
+    """What the registry has read of the plugins."""
+    for cached in (registry._found, registry._kernels, registry.kernels_for):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Replaces the installed plugins by name=value pairs and the modules given, for one test."""
+
+    def replace(*points: tuple[str, str], **modules: ModuleType) -> None:
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        found = [EntryPoint(name, value, registry.GROUP) for name, value in points]
+        monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
+        _forget()
+
+    yield replace
+    monkeypatch.undo()
+    _forget()

@@ -1,14 +1,12 @@
 """The registry: entry points held in memory, so that every way a plugin can be wrong is tried."""
 
-import sys
-from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Install, module
 
 import opoch_xp as ox
 from opoch_xp.backends import KERNELS, kernels_for, library
@@ -16,34 +14,6 @@ from opoch_xp.backends import KERNELS, kernels_for, library
 registry = import_module("opoch_xp.backends")
 generic = import_module("opoch_xp.backends.generic")
 ABACUS = ModuleType("abacus")  # the namespace of an array library
-Install = Callable[..., None]
-
-
-def clear() -> None:
-    for cached in (registry._found, registry._kernels, registry.kernels_for):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Replaces the installed plugins by name=value pairs and the modules given, for one test."""
-
-    def replace(*points: tuple[str, str], **modules: ModuleType) -> None:
-        for name, module in modules.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        found = [EntryPoint(name, value, registry.GROUP) for name, value in points]
-        monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
-        clear()
-
-    yield replace
-    monkeypatch.undo()
-    clear()
-
-
-def module(name: str, **members: Any) -> ModuleType:
-    made = ModuleType(name)
-    vars(made).update(members)
-    return made
 
 
 def test_a_plugins_own_kernels_come_first_and_gaps_are_filled(install: Install) -> None:

@@ -134,7 +134,9 @@ def _unequal(actual: Parts, second: Parts) -> Words:
 def _wrong(case: Case, actual: Parts, library: Library, dtype: str) -> Words:
     """What is wrong with the numbers."""
     for name, part in actual.items():
-        left = np.argwhere(part == BEFORE[part.dtype.kind]) if is_array(part) and part.dtype.kind in BEFORE else []
+        if not is_array(part) or part.dtype.kind not in BEFORE:
+            continue
+        left = np.argwhere(part == BEFORE[part.dtype.kind])
         if len(left):
             shown = f"{len(left)} of {part.size} entries hold what was in memory before, the first at"
             return f"{name} is not written everywhere", f"{shown} {tuple(left[0].tolist())}"

@@ -34,10 +34,10 @@ def _kind(wrong: np.ndarray, finite: np.ndarray, apart: np.ndarray, tolerance: f
     if wrong.size > 1 and (wrong == finite).all() and np.ptp(shift) <= 2 * tolerance + 1e-3 * abs(shift).max():
         return f"is too {'large' if shift[0] > 0 else 'small'} by {abs(shift.mean()):.3g} everywhere: biased"
     for axis, size in enumerate(wrong.shape):
-        lines = wrong.any(axis=tuple(other for other in range(wrong.ndim) if other != axis))
-        right = int(np.argmax(lines))  # places before the first wrong one
-        if 2 * right >= size and lines[right:].all():
-            return f"is wrong at the end of axis {axis} alone, from {right} of {size} on"
+        lines = np.unique(np.nonzero(wrong)[axis])
+        first = int(lines[0])
+        if 4 * first >= 3 * size and len(lines) == size - first:
+            return f"is wrong at the end of axis {axis} alone, from {first} of {size} on"
     return "is not the twin's"
 
 

@@ -66,7 +66,7 @@ def bucket(name: str, sentence: str, given: dict[str, Any], codes: int, tables: 
 
 
 def _shifted(call: Call) -> Any:
-    """Calls in which every query stands one position later, by a hidden key at the end, or earlier, without the last."""
+    """Calls in which every query stands one position later, by a hidden key at the end, or earlier, by one key less."""
     given = call.arguments
     k, v, codes = given["k"], given["v"], given["key_codes"]
     mask = np.ones(k.shape[:2], bool) if given["mask"] is None else given["mask"]
@@ -93,8 +93,8 @@ def bucket_cases() -> Iterator[Case]:
     yield bucket("query heads that share a key head", union, plain(*heads(1, 2, 3, 9, 17)), 3)
     yield bucket("a mask", union, masked(heads(2, 3, 1, 21, 33), 0.5), 4)
     yield bucket("many empty buckets", field, masked(heads(3, 2, 1, 23, 31), 0.7), 40, 1)
-    yield bucket("large buckets", f"buckets above max_bucket are skipped; {field}", plain(*heads(4, 2, 1, 50, 90)), 6, 2,
-                 max_bucket=14)  # fmt: skip
+    skipped = f"buckets above max_bucket are skipped; {field}"
+    yield bucket("large buckets", skipped, plain(*heads(4, 2, 1, 50, 90)), 6, 2, max_bucket=14)
     yield bucket("one bucket", union, plain(*heads(5, 1, 2, 270, 301, 6, 4)), 1, 2)
     yield bucket("causal, fewer queries than keys", recent, plain(*heads(6, 2, 1, 17, 40)), 3, causal=True)
     yield bucket("causal, more queries than keys", recent, plain(*heads(7, 2, 2, 40, 17)), 3, causal=True)

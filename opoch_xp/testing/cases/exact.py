@@ -32,7 +32,9 @@ def exact(
     name: str, sentence: str, arrays: Heads | dict[str, Any], *, causal: bool = False, scale: float = 0.4,
     positions: np.ndarray | None = None,
 ) -> Case:  # fmt: skip
-    given = arrays if isinstance(arrays, dict) else {**dict(zip("qkv", arrays, strict=True)), "mask": None}
+    given: dict[str, Any] = {"mask": None} | (
+        arrays if isinstance(arrays, dict) else dict(zip("qkv", arrays, strict=True))
+    )
     call = Call("exact_attention", {**given, "causal": causal, "scale": scale, "positions": positions})
     q, k, v, mask = (given[key] for key in ("q", "k", "v", "mask"))
     mistakes = {}

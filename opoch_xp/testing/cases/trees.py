@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -38,9 +37,9 @@ def trees(seed: int, chunks: int, size: int, method: Treecode = METHOD, hidden: 
     return Call("build_tree", {"k": k, "v": v, "axes": axes, "method": method, "mask": mask, "order": order})
 
 
-def close(*arrays: Array) -> Callable[[str], float]:
+def close(q: Array, k: Array, v: Array) -> Callable[[str], float]:
     """The tolerance of sums over these queries, keys and values."""
-    return lambda dtype: DECISIONS_GIVEN if dtype == "float64" else budget(*arrays, SCALE, dtype)
+    return lambda dtype: DECISIONS_GIVEN if dtype == "float64" else budget(q, k, v, SCALE, dtype)
 
 
 def tree_cases() -> Iterator[Case]:
@@ -60,7 +59,7 @@ def tree_cases() -> Iterator[Case]:
         k, v, mask, order = (call.arguments[key] for key in ("k", "v", "mask", "order"))
         free = call.but(order=None)
         name = f"chunks of {size} keys{' under a mask' if hidden else ''}"
-        rule = partial(_same_cells, order, METHOD.leaf)
+        rule = partial(_same_cells, order, METHOD.leaf, mask)
         yield Case(f"{name}, axes given", halves, free, close(k, k, v), own="order", rule=rule, wide=True)
         free, rule = free.but(method=METHOD), partial(_order, size, METHOD.leaf, mask)
         yield Case(name, split, free, close(k, k, v), own="order", rule=rule)
@@ -92,11 +91,13 @@ def _order(size: int, leaf: int, mask: Array | None, parts: Parts) -> Words:
     return "hidden keys do not sort last", figures
 
 
-def _same_cells(expected: Array, leaf: int, parts: Parts) -> Words:
-    """Whether each cell of `leaf` rows holds the rows that it should."""
-    order = parts["order"]
-    words = _order(expected.shape[1], leaf, None, parts)
-    cells = [np.sort(x.reshape(len(x), -1, leaf), axis=2) for x in (order, expected)]
+def _same_cells(expected: Array, leaf: int, mask: Array | None, parts: Parts) -> Words:
+    """Whether each cell of `leaf` rows holds the kept rows that it should; `hidden` stands for any that is hidden."""
+    words, hidden = _order(expected.shape[1], leaf, mask, parts), -1
+    orders = [parts["order"], expected]
+    if mask is not None:
+        orders = [np.where(np.take_along_axis(mask, x, axis=1), x, hidden) for x in orders]
+    cells = [np.sort(x.reshape(len(x), -1, leaf), axis=2) for x in orders]
     differ = np.argwhere((cells[0] != cells[1]).any(axis=2))
     if words[0] or not len(differ):
         return words
@@ -150,7 +151,7 @@ def _groups(n: int, group: int, parts: Parts, expected: Array | None = None) -> 
 
 def attention(
     name: str, sentence: str, tree: Call, n: int, first: list[int], count: list[int], *, method: Treecode = METHOD,
-    given: str = "groups and lists", spoilt: int | None = None, wide: bool = False,
+    given: str = "groups and lists", spoilt: int | None = None,
 ) -> Case:  # fmt: skip
     """A case of tree_attention, `given` the decisions of the twin; `spoilt`: a query that is not a number."""
     rng, starts, counts = np.random.default_rng(n), np.array(first), np.array(count)
@@ -167,6 +168,7 @@ def attention(
     decisions = {"groups": groups if given else None, "lists": lists if "lists" in given else None}
     call = Call("tree_attention", {**arguments, "scale": SCALE, **decisions})
     mistakes = _mistakes(call, lists if "lists" in given else None, len(tree.arguments["k"]))
+    wide = "lists" not in given and method.open < MANY
     return Case(name, sentence, call, close(queries, k, v), mistakes, wide=wide)
 
 
@@ -200,28 +202,22 @@ def attention_cases() -> Iterator[Case]:
     chosen = "a group opens the nodes with the most votes, a query its own best cells; padding has no vote"
     small, large = trees(1, 5, TIERS[0]), trees(2, 3, TIERS[1])
     yield attention("groups and lists given", formula, small, 37, [0, 2], [3, 2])
-    yield attention("groups and lists given, larger chunks", formula, large, 21, [0, 1], [2, 1])
+    yield attention("groups and lists given, larger chunks", formula, large, 21, [0, 1], [2, 2])
     hidden = trees(3, 4, TIERS[1], hidden=True)
     blind = f"{formula}; hidden keys weigh nothing, a task that sees none is zeros with lse -inf"
-    yield attention("groups and lists given, a mask", blind, hidden, 37, [0, 3], [3, 1])
-    yield attention("groups given", chosen, small, 37, [0, 2], [3, 2], given="groups", wide=True)
-    yield attention("groups given, last one nearly empty", chosen, small, 33, [0, 2], [2, 2], given="groups", wide=True)
-    yield attention(
-        "groups given, larger chunks and a mask", chosen, hidden, 37, [0, 3], [3, 1], given="groups", wide=True
-    )
+    yield attention("groups and lists given, a mask", blind, hidden, 37, [0, 2], [3, 2])
+    yield attention("groups given", chosen, small, 37, [0, 2], [3, 2], given="groups")
+    yield attention("groups given, last one nearly empty", chosen, small, 33, [0, 2], [2, 2], given="groups")
+    yield attention("groups given, larger chunks and a mask", chosen, hidden, 37, [0, 3], [3, 1], given="groups")
     runs = "task t reads the chunks from first[t] on, count[t] of them; none: zeros and lse -inf"
-    yield attention("runs of any length", runs, small, 19, [0, 0, 2, 4, 1], [1, 4, 0, 1, 3], given="groups", wide=True)
+    yield attention("runs of any length", runs, small, 19, [0, 0, 2, 4, 1], [1, 4, 0, 1, 3], given="groups")
     vote = "a query that is not a number spoils its own row, and has no vote in its group"
-    yield attention(
-        "a query that is not a number", vote, small, 21, [0, 2], [3, 2], given="groups", spoilt=5, wide=True
-    )
+    yield attention("a query that is not a number", vote, small, 21, [0, 2], [3, 2], given="groups", spoilt=5)
     fixed = replace(METHOD, iterations=0)
     alone = "groups and lists are found as query_groups and the twin find them"
-    yield attention(
-        "nothing given", alone, trees(4, 4, TIERS[0], fixed), 45, [0, 1], [3, 2], method=fixed, given="", wide=True
-    )
-    yield attention("fewer queries than a group", chosen, small, 5, [1], [4], given="groups", wide=True)
+    yield attention("nothing given", alone, trees(4, 4, TIERS[0], fixed), 45, [0, 1], [3, 2], method=fixed, given="")
+    yield attention("fewer queries than a group", chosen, small, 5, [1], [4], given="groups")
     single = replace(METHOD, group=1, near=0, own=3)
-    yield attention("groups of one", chosen, small, 9, [1, 0], [3, 4], method=single, given="groups", wide=True)
+    yield attention("groups of one", chosen, small, 9, [1, 0], [3, 4], method=single, given="groups")
     full, whole_ = replace(METHOD, open=MANY, near=MANY, own=MANY), "everything opened is exact attention"
     yield attention("everything opened", whole_, hidden, 18, [0, 1], [2, 2], method=full, given="")
