@@ -45,10 +45,10 @@ def test_relative_error_and_rounding_scale_as_they_should() -> None:
     [
         (lambda x: x + 0.25, "is too large by 0.25 everywhere: biased"),
         (lambda x: x - 3e-7, "is too small by 3e-07 everywhere: biased"),
-        (lambda x: np.concatenate([x[:17], 0 * x[17:]]), "is wrong at the end of axis 0 alone, from 17 of 20 on"),
+        (lambda x: np.concatenate([x[:17], 0 * x[17:]]), "is wrong at the end of axis 0 alone"),
         (
             lambda x: np.concatenate([x[:, :3], np.nan * x[:, 3:]], axis=1),
-            "is wrong at the end of axis 1 alone, from 3",
+            "is wrong at the end of axis 1 alone",
         ),
         (lambda x: x * 1.01, "is not the twin's"),
         (lambda x: x.T, "has another shape"),

@@ -1,5 +1,6 @@
 """check_backend: right plugins pass, and each wrong one is refused by the name of its fault."""
 
+import itertools
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -14,6 +15,7 @@ from opoch_xp.cost import Cost
 from opoch_xp.testing import BackendError, check_backend
 
 DEVICE = strict.Device("device1")
+CALLS = itertools.count()
 Kernel = Callable[..., Any]
 
 
@@ -81,17 +83,17 @@ def exact_in_float32(attend: Kernel, q: Any, k: Any, v: Any, **options: Any) -> 
 @twin("exact_attention")
 def exact_at_random(attend: Kernel, *given: Any, **options: Any) -> Any:
     out, lse = attend(*given, **options)
-    return out * (1 + np.random.default_rng().choice([0, 2e-15])), lse
+    return out * (1 + 1e-6 * next(CALLS)), lse
 
 
 @twin("exact_attention")
 def exact_but_the_tail(attend: Kernel, q: Any, *given: Any, **options: Any) -> Any:
     """Rows in fours; what is left over is never written."""
-    out, lse = attend(q, *given, **options)
-    written = strict.empty_like(out)
+    out = strict.empty((*q.shape[:3], given[1].shape[2]), dtype=q.dtype, device=q.device)
     rows = q.shape[2] // 4 * 4
-    written[:, :, :rows, :] = out[:, :, :rows, :]
-    return written, lse
+    whole, lse = attend(q, *given, **options)
+    out[:, :, :rows, :] = whole[:, :, :rows, :]
+    return out, lse
 
 
 @twin("exact_attention")
@@ -269,7 +271,7 @@ WRONG = [
     (exact_in_float32, "exact_attention: out is not the twin's"),
     (exact_at_random, "exact_attention: is not deterministic"),
     (exact_but_the_tail, "exact_attention: out is not written everywhere"),
-    (exact_with_zeros_at_the_tail, "exact_attention: out is wrong at the end of axis 2 alone, from 12 of 13 on"),
+    (exact_with_zeros_at_the_tail, "exact_attention: out is wrong at the end of axis 2 alone"),
     (exact_on_the_host, "exact_attention: out is an array of numpy"),
     (exact_without_lse, "exact_attention: raises ValueError: 1 values were returned, expected 2: out, lse"),
     (exact_without_empty_axes, "exact_attention: raises ZeroDivisionError: division by zero"),
@@ -281,7 +283,7 @@ WRONG = [
     (merge_into_the_part, "merge_part: mutates its argument part"),
     (hash_in_reverse, "hash_codes: packs the bits in reverse"),
     (hash_in_int32, "hash_codes: codes has dtype int32, expected int64"),
-    (hash_zero_as_negative, "hash_codes: codes is not the twin's\n  case: rows"),
+    (hash_zero_as_negative, "hash_codes: codes is not the twin's"),
     (buckets_one_key_too_few, f"bucket_attention: a query sees one key too few: {OFF_BY_ONE}"),
     (buckets_without_mask, "bucket_attention: ignores the mask"),
     (
@@ -312,7 +314,7 @@ def test_a_wrong_kernel_is_refused_by_its_fault(install: Install, wrong: Kernel,
     plugin(install, **{named.partition(":")[0]: wrong})
     with pytest.raises(BackendError) as refused:
         check_backend("array_api_strict", device=DEVICE)
-    assert f"\n\n{named}" in str(refused.value)
     print(refused.value)
+    assert f"\n\n{named}" in str(refused.value)
     assert {check.kernel for check in refused.value.failed} == {named.partition(":")[0]}
     assert str(refused.value).startswith("backend 'array_api_strict' (the_plugin) breaks its contract: ")

@@ -10,6 +10,7 @@ import numpy as np
 from opoch_xp.backends import generic
 from opoch_xp.buckets import Tables
 from opoch_xp.testing.arrays import Library, namespace
+from opoch_xp.testing.compare import difference
 from opoch_xp.tree import Lists, Tree
 
 Array = Any
@@ -39,9 +40,19 @@ class Call:
     kernel: str
     arguments: Parts
 
+    @property
+    def floats(self) -> bool:
+        """Whether an array of the library holds floats."""
+        given = ((name, value) for name, value in self.arguments.items() if name not in HOST)
+        return any(value.floats if isinstance(value, Call) else _is_float(value) for _, value in given)
+
     def but(self, **changed: Any) -> "Call":
         """The same with other arguments."""
         return replace(self, arguments={**self.arguments, **changed})
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
 def is_array(value: Any) -> bool:
@@ -93,13 +104,12 @@ class Made:
             raise ValueError(f"{len(parts)} values were returned, expected {len(names)}: {', '.join(names)}")
         return dict(zip(names, parts, strict=True))
 
-    def mutated(self) -> list[str]:
-        """The arguments that are not what they were."""
-        return [
-            name
-            for name, (array, before) in self._before.items()
-            if not np.array_equal(self._library.host(array), before, equal_nan=before.dtype.kind == "f")
-        ]
+    def mutated(self) -> dict[str, str]:
+        """The arguments that are not what they were, and how."""
+        now = {
+            name: difference(self._library.host(array), before, 0.0) for name, (array, before) in self._before.items()
+        }
+        return {name: figures for name, (kind, figures) in now.items() if kind}
 
     def _of(self, value: Any, name: str) -> Any:
         if isinstance(value, Call):
@@ -134,7 +144,7 @@ def of_twin(call: Call, library: Library, dtype: str) -> Parts:
     def held(value: Any, name: str) -> Any:
         if isinstance(value, Call):
             return Call(value.kernel, {inner: held(x, inner) for inner, x in value.arguments.items()})
-        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and name not in HOST:
+        if _is_float(value) and name not in HOST:
             return library.host(library.array(value, dtype)).astype(np.float64)
         return value
 

@@ -11,9 +11,9 @@ from opoch_xp.arguments import DTYPES
 from opoch_xp.backends import kernels_for, listed
 from opoch_xp.backends import library as library_of
 from opoch_xp.testing.arrays import Library, namespace
-from opoch_xp.testing.case import checks
+from opoch_xp.testing.case import Case, checks
 from opoch_xp.testing.cases import cases_of
-from opoch_xp.testing.plugin import plugin_checks
+from opoch_xp.testing.plugin import NARROW, NARROW_KERNELS, plugin_checks
 from opoch_xp.testing.report import BackendError, Check, Report
 from opoch_xp.testing.together import together_checks
 
@@ -59,9 +59,17 @@ def _all(kernels: Any, library: Library, dtypes: tuple[str, ...]) -> Iterator[Ch
     wrong = {check.kernel for check in found if check.fault}
     for kernel in kernels.native:
         for case in cases_of(kernel) if kernel not in wrong else ():
-            for dtype in ("float64",) if case.wide else dtypes:
-                if dtype in dtypes:
-                    found += checks(case, kernels, library, dtype)
+            for dtype in _dtypes_of(case, dtypes):
+                found += checks(case, kernels, library, dtype)
     if not any(check.fault for check in found):
         found += together_checks(kernels, library, dtypes)
     yield from found
+
+
+def _dtypes_of(case: Case, dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """What a case runs in, of the dtypes that the plugin accepts."""
+    if case.wide:
+        return tuple(dtype for dtype in dtypes if dtype == "float64")
+    if case.call.kernel not in NARROW_KERNELS:  # the others get their floats widened
+        dtypes = tuple(dtype for dtype in dtypes if dtype not in NARROW)
+    return dtypes if case.call.floats else dtypes[:1]

@@ -25,7 +25,7 @@ def difference(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> tu
     figures = f"{np.count_nonzero(wrong)} of {wrong.size} entries{largest or ' are wrong'}"
     return _kind(
         wrong, finite, apart, tolerance
-    ), f"{figures}; {actual[place]:.6g} instead of {expected[place]:.6g} at {place}"
+    ), f"{figures}; {actual[place]:.9g} instead of {expected[place]:.9g} at {place}"
 
 
 def _kind(wrong: np.ndarray, finite: np.ndarray, apart: np.ndarray, tolerance: float) -> str:
@@ -37,7 +37,7 @@ def _kind(wrong: np.ndarray, finite: np.ndarray, apart: np.ndarray, tolerance: f
         lines = np.unique(np.nonzero(wrong)[axis])
         first = int(lines[0])
         if 4 * first >= 3 * size and len(lines) == size - first:
-            return f"is wrong at the end of axis {axis} alone, from {first} of {size} on"
+            return f"is wrong at the end of axis {axis} alone"
     return "is not the twin's"
 
 

@@ -21,15 +21,16 @@ def plugin_checks(kernels: Any, library: Library) -> Iterator[Check]:
     for kernel in KERNELS:
         if kernel in kernels.native:
             fault = _signature(getattr(kernels, kernel), getattr(generic, kernel))
-            yield Check(kernel, "signature", "the parameters are the twin's; more of them have defaults", fault)
-    yield Check("ACCEPTS", "constants", f"a tuple of {', '.join(DTYPES)}, float32 among them", _accepts(kernels))
+            yield Check(kernel, "signature", "", "the parameters are the twin's; more of them have defaults", fault)
+    yield Check("ACCEPTS", "constants", "", f"a tuple of {', '.join(DTYPES)}, float32 among them", _accepts(kernels))
     filled = [kernel for kernel in NARROW_KERNELS if kernel not in kernels.native and kernels.name != "generic"]
     narrow = [dtype for dtype in kernels.ACCEPTS if dtype in NARROW]
     sentence = "who accepts 16 bits has kernels that sum them in float32; the generic ones do not"
-    yield Check("ACCEPTS", "constants", sentence, f"lacks {', '.join(filled)}" if narrow and filled else "")
-    yield Check("COST", "constants", "a Cost of numbers above 0", _cost(kernels.COST))
+    yield Check("ACCEPTS", "constants", "", sentence, f"lacks {', '.join(filled)}" if narrow and filled else "")
+    yield Check("COST", "constants", "", "a Cost of numbers above 0", _cost(kernels.COST))
     if "synchronize" in kernels.native:
-        yield Check("synchronize", "some arrays, or none", "it waits, and returns None", _synchronize(kernels, library))
+        fault = _synchronize(kernels, library)
+        yield Check("synchronize", "some arrays, or none", "", "it waits, and returns None", fault)
 
 
 def _accepts(kernels: Any) -> str:

@@ -8,10 +8,12 @@ SHOWN = 4  # cases named of those that show the same fault
 
 @dataclass(frozen=True)
 class Check:
-    """One question put to a kernel: the case, the sentence that must hold, and the fault found, "" where it holds."""
+    """One question put to a kernel: the case, its floats' dtype, the sentence that must hold, and the fault found, ""
+    where it holds."""
 
     kernel: str
     case: str
+    dtype: str
     sentence: str
     fault: str = ""
     found: str = ""
@@ -44,7 +46,7 @@ class Report:
         for kernel in kernels:
             passed = [check for check in self.checks if check.kernel == kernel]
             whose = "own" if kernel in self.native else "generic" if kernel in self.generic else ""
-            cases = "; ".join(dict.fromkeys(check.case.rpartition(", ")[0] or check.case for check in passed))
+            cases = "; ".join(dict.fromkeys(check.case for check in passed))
             line = f"{kernel:<18}{whose:<9}{len(passed) or '-':>6}  {cases}".rstrip()
             lines.append(line if len(line) <= WIDTH else f"{line[: WIDTH - 3].rpartition(' ')[0]} ...")
         return "\n".join(lines)
@@ -67,10 +69,11 @@ class BackendError(AssertionError):
             shown.setdefault((check.kernel, check.fault), []).append(check)
         texts = []
         for (kernel, fault), (first, *others) in shown.items():
-            lines = [f"{kernel}: {fault}", f"  case: {first.case}", f"  expected: {first.sentence}"]
+            where = f"{first.case}, {first.dtype}" if first.dtype else first.case
+            lines = [f"{kernel}: {fault}", f"  case: {where}", f"  expected: {first.sentence}"]
             lines += [f"  found: {first.found}"] if first.found else []
-            names = [other.case for other in others if other.case != first.case]
-            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            names = [name for name in dict.fromkeys(other.case for other in others) if name != first.case]
+            more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             lines += [f"  also: {'; '.join(names[:SHOWN])}{more}"] if names else []
             texts.append("\n".join(lines))
         return texts

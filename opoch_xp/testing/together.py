@@ -28,9 +28,9 @@ def together_checks(kernels: Any, library: Library, dtypes: tuple[str, ...]) -> 
     for method in METHODS:
         for causal in (False, True):
             for dtype in dtypes:
-                name = f"{type(method).__name__}{', causal' if causal else ''}, {dtype}"
+                name = f"{type(method).__name__}{', causal' if causal else ''}"
                 sentence = f"errs against exact attention by at most {MORE} times what the generic twins err by"
-                yield Check("all together", name, sentence, _fault(kernels, library, method, causal, dtype))
+                yield Check("all together", name, dtype, sentence, _fault(kernels, library, method, causal, dtype))
 
 
 def _fault(kernels: Any, library: Library, method: Method, causal: bool, dtype: str) -> str:

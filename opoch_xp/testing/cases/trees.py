@@ -84,10 +84,8 @@ def _order(size: int, leaf: int, mask: Array | None, parts: Parts) -> Words:
     wrong = np.argwhere(kept != wanted)
     if not len(wrong):
         return "", ""
-    chunk = wrong[0][0]
-    figures = (
-        f"chunk {chunk}: its cells hold {kept[chunk].tolist()} keys that are kept, expected {wanted[chunk].tolist()}"
-    )
+    chunk, cell = wrong[0].tolist()
+    figures = f"chunk {chunk}: cell {cell} holds {kept[chunk, cell]} kept keys instead of {wanted[chunk, cell]}"
     return "hidden keys do not sort last", figures
 
 
