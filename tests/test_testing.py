@@ -1,19 +1,25 @@
 """check_backend: right plugins pass, and each wrong one is refused by the name of its fault."""
 
 import itertools
+import json
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import array_api_strict as strict
 import numpy as np
 import pytest
 from conftest import Install, module
+from typer.testing import CliRunner
 
 from opoch_xp.backends import KERNELS, generic
+from opoch_xp.cli.app import app
 from opoch_xp.cost import Cost
+from opoch_xp.methods import Exact
 from opoch_xp.testing import BackendError, check_backend, namespace
 
+pytestmark = pytest.mark.dynamic_shapes
 DEVICE = strict.Device("device1")
 CALLS = itertools.count()
 Kernel = Callable[..., Any]
@@ -374,8 +380,9 @@ def test_a_plugin_may_accept_16_bits(install: Install) -> None:
         check_backend("numpy")
 
 
-def test_bfloat16_which_numpy_lacks(install: Install) -> None:
+def test_bfloat16_which_numpy_lacks(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr("opoch_xp.testing.together.METHODS", (Exact(),))  # the generic treecode is slow in PyTorch
 
     def wide(kernel: str) -> Kernel:
         @twin(kernel)
@@ -464,7 +471,23 @@ def test_what_cannot_be_checked(install: Install) -> None:
 def test_a_library_s_own_namespace_will_do(install: Install) -> None:
     plugin(install, "numpy", hash_codes=generic.hash_codes)
     assert check_backend("numpy", xp=np).native == ("hash_codes",)
-    assert check_backend("generic", xp=strict).library == "array_api_strict"
+
+
+def test_the_command_prints_what_was_checked_or_every_fault(install: Install, tmp_path: Path) -> None:
+    plugin(install, merge_part=generic.merge_part)
+    path, command = tmp_path / "checks.json", ["backends", "--check", "array_api_strict", "--json"]
+    right = CliRunner().invoke(app, [*command, str(path)])
+    assert right.exit_code == 0
+    assert right.stdout.startswith("backend array_api_strict: the_plugin\n")
+    assert {check["fault"] for check in json.loads(path.read_text())} == {""}
+    plugin(install, merge_part=merge_one_row_late)
+    wrong = CliRunner().invoke(app, [*command, "-"])
+    assert wrong.exit_code == 1
+    assert "merge_part: rows are merged one place too late: an offset is off by one\n  case: first rows" in wrong.stderr
+    assert {check["kernel"] for check in json.loads(wrong.stdout) if check["fault"]} == {"merge_part"}
+    missing = CliRunner().invoke(app, ["backends", "--check", "numpy"])
+    assert missing.exit_code == 2
+    assert missing.stderr == "opoch-xp: backend must be one of array_api_strict, generic; got 'numpy'\n"
 
 
 def test_an_unmarked_library_is_found_by_its_name() -> None:
