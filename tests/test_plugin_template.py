@@ -1,13 +1,17 @@
 """The template of docs/plugins.md, installed by pip as its users would: found, right, and used."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import pytest
+
+from opoch_xp.backends import KERNELS, generic
 
 pytest.importorskip("pip")
 
@@ -62,6 +66,14 @@ def test_the_command_checks_it(environment: dict[str, str]) -> None:
 def test_the_suite_runs_through_it(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_exact.py"]
     assert " passed" in run([*command, "--backend", "array_api_strict"], environment)
+
+
+def test_the_table_of_kernels_names_every_kernel_and_parameter() -> None:
+    lines = (ROOT / "docs" / "plugins.md").read_text().splitlines()
+    for kernel in KERNELS:
+        [row] = [line for line in lines if line.startswith(f"| `{kernel}` |")]
+        parameters = set(signature(getattr(generic, kernel)).parameters) - {"arrays"}
+        assert parameters <= set(re.findall(r"\w+", row)), kernel
 
 
 def test_it_is_short_enough_to_be_read() -> None:

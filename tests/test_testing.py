@@ -487,7 +487,7 @@ def test_the_command_prints_what_was_checked_or_every_fault(install: Install, tm
     assert {check["kernel"] for check in json.loads(wrong.stdout) if check["fault"]} == {"merge_part"}
     missing = CliRunner().invoke(app, ["backends", "--check", "numpy"])
     assert missing.exit_code == 2
-    assert missing.stderr == "opoch-xp: backend must be one of array_api_strict, generic; got 'numpy'\n"
+    assert missing.stderr.startswith("opoch-xp: no backend 'numpy' is installed;")
 
 
 def test_an_unmarked_library_is_found_by_its_name() -> None:
