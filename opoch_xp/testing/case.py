@@ -64,10 +64,11 @@ def checks(case: Case, kernels: Any, library: Library, dtype: str) -> Iterator[C
     yield check("arguments stay as they are", words)
     actual, second = ({name: _host(library, part) for name, part in one.items()} for one in (parts, again))
     yield check("the same call gives the same bits twice", _unequal(actual, second))
-    words = _wrong(case, actual, library, dtype)
+    words = _wrong(case, actual, expected, library, dtype)
     yield check(case.sentence, words)
     if not words[0]:
-        yield check("views, and arrays that may not be written to, are as good", _views(case, kernels, library, dtype))
+        words = _of_views(case, expected, kernels, library, dtype)
+        yield check("views, and arrays that may not be written to, are as good", words)
 
 
 def _run(case: Case, expected: Parts, made: Made, library: Library, dtype: str) -> Parts:
@@ -129,7 +130,7 @@ def _unequal(actual: Parts, second: Parts) -> Words:
     return "", ""
 
 
-def _wrong(case: Case, actual: Parts, library: Library, dtype: str) -> Words:
+def _wrong(case: Case, actual: Parts, expected: Parts, library: Library, dtype: str) -> Words:
     """What is wrong with the numbers."""
     for name, part in actual.items():
         if not is_array(part) or part.dtype.kind not in BEFORE:
@@ -138,7 +139,6 @@ def _wrong(case: Case, actual: Parts, library: Library, dtype: str) -> Words:
         if len(left):
             shown = f"{len(left)} of {part.size} entries hold what was in memory before, the first at"
             return f"{name} is not written everywhere", f"{shown} {tuple(left[0].tolist())}"
-    expected = of_twin(case.call, library, dtype)
     if all(actual[name].shape == want.shape for name, want in expected.items() if is_array(want)):
         words = case.rule(actual)
         if words[0]:
@@ -171,11 +171,12 @@ def _like(actual: Parts, mistaken: Parts) -> Parts:
     return {name: part[tuple(map(slice, shapes[name]))] for name, part in mistaken.items() if name in shapes}
 
 
-def _views(case: Case, kernels: Any, library: Library, dtype: str) -> Words:
+def _of_views(case: Case, expected: Parts, kernels: Any, library: Library, dtype: str) -> Words:
+    """What is wrong where every array is a view that is read-only."""
     try:
         made = Made(case.call, kernels, library, dtype, views=True)
         actual = {name: _host(library, part) for name, part in made.outputs().items()}
     except Exception as error:  # as above
         return f"raises {type(error).__name__} for views that are read-only: {error}", ""
-    fault, found = _wrong(case, actual, library, dtype)
+    fault, found = _wrong(case, actual, expected, library, dtype)
     return (f"misreads views into larger arrays: {fault}", found) if fault else ("", "")
