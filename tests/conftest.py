@@ -1,8 +1,8 @@
 """`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`.
 
-NAME is that of an array library, as in an entry point of the group `opoch_xp.backends`: the suite then takes its arrays
-from that library, and its kernels from the plugin installed for it. Others: generic, the generic twins on NumPy arrays;
-strict, under array-api-strict with what a compiler of static shapes would refuse switched off.
+NAME is that of an array library, as in an entry point of the group `opoch_xp.backends`, or the path of its namespace: the
+suite then takes its arrays from that library, and its kernels from the plugin installed for it. Others: generic, the
+generic twins on NumPy arrays; strict, under array-api-strict with what a compiler of static shapes refuses switched off.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, settings
 
-from opoch_xp.backends import GROUP, kernels_for
+from opoch_xp.backends import GROUP, kernels_for, library
 from opoch_xp.testing import Library, namespace
 
 if not Path("/proc/driver/nvidia").exists():  # no GPU: Triton's kernels run on the CPU, which it settles when imported
@@ -37,12 +37,12 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opo
 
 registry = import_module("opoch_xp.backends")
 Install = Callable[..., None]
-LIBRARIES = {"generic": "numpy", "strict": "array_api_strict"}  # options that are no library's name
+LIBRARIES = {"generic": "numpy", "strict": "array_api_strict"}  # of the options that stand for the generic twins
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Arrays of one library and the name to pass as `backend=`; None is the library's own choice."""
+    """Arrays of one library and the name to pass as `backend=`; None where no plugin is installed for it."""
 
     option: str
     name: str | None
@@ -97,16 +97,17 @@ def pytest_configure(config: pytest.Config) -> None:
     examples, phases = (15 if option == "strict" else 40), (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
     settings.load_profile("suite")
-    name = option if option in {"generic", *entry_points(group=GROUP).names} else None
+    name = "generic" if option in LIBRARIES else library(xp)
+    name = name if name in {"generic", *entry_points(group=GROUP).names} else None
     config.stash[BACKEND] = Backend(option, name, Library(xp, None if option == "cupy" else device))  # it has no other
 
 
-def _require(device: str, library: str) -> None:
+def _require(device: str, option: str) -> None:
     """Ends the run where the device is not there: as a success that says why, or as a failure where one is required."""
-    module = import_module(library)
-    found = {"cupy": "is_available", "torch": "cuda.is_available"}.get(library)
+    module = import_module(option)
+    found = {"cupy": "is_available", "torch": "cuda.is_available"}.get(option)
     if found and not attrgetter(found)(module)():
-        reason = f"--device {device}: {library} finds no GPU on this machine"
+        reason = f"--device {device}: {option} finds no GPU on this machine"
         required = os.environ.get("OPOCH_REQUIRE_GPU") == "1"
         pytest.exit(f"{reason}{' and OPOCH_REQUIRE_GPU=1' if required else ''}", returncode=1 if required else 0)
 
