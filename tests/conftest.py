@@ -1,8 +1,8 @@
 """`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`.
 
-NAME is that of an array library, as in an entry point of the group `opoch_xp.backends`, or the path of its namespace: the
-suite then takes its arrays from that library, and its kernels from the plugin installed for it. Others: generic, the
-generic twins on NumPy arrays; strict, under array-api-strict with what a compiler of static shapes refuses switched off.
+NAME is that of an array library, as in an entry point of the group `opoch_xp.backends`, or the path of its namespace:
+arrays are then of that library, and kernels of the plugin installed for it. Others: generic, the generic twins on NumPy
+arrays; strict, under array-api-strict without what a compiler of static shapes would refuse.
 """
 
 import hashlib
