@@ -42,7 +42,10 @@ def to_host(array: Array) -> np.ndarray:
     """The array in NumPy, copied from its device where it has one of its own."""
     if hasattr(array, "detach"):  # PyTorch's
         array = array.detach().cpu()
-    return np.asarray(array.get() if hasattr(array, "get") else array)
+    try:
+        return np.asarray(array.get() if hasattr(array, "get") else array)
+    except (TypeError, ValueError, RuntimeError):  # of a device that is asked by the standard's own way
+        return np.from_dlpack(array, device="cpu")
 
 
 def _names(arrays: dict[str, Array]) -> str:

@@ -1,21 +1,32 @@
-"""`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`."""
+"""`pytest --backend NAME` runs the whole suite through one backend; array tests take it from the fixture `backend`.
+
+NAME is that of an array library, as in an entry point of the group `opoch_xp.backends`, or the path of its namespace:
+arrays are then of that library, and kernels of the plugin installed for it. Others: readonly, NumPy arrays that may not
+be written; generic, the generic twins on NumPy arrays; strict, under array-api-strict without what a compiler of static
+shapes would refuse.
+"""
 
 import hashlib
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
 
-from opoch_xp.backends import kernels_for
+from opoch_xp.backends import GROUP, kernels_for, library
+from opoch_xp.testing import Library, namespace
 
 if not Path("/proc/driver/nvidia").exists():  # no GPU: Triton's kernels run on the CPU, which it settles when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,22 +36,23 @@ SOURCES = Path(str(find_spec("opoch_xp.backends.compiled").origin)).parent.glob(
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES))).hexdigest()[:12]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opoch-xp-{DIGEST}"))
 
-LIBRARIES = {
-    "numpy": "array_api_compat.numpy",
-    "generic": "array_api_compat.numpy",
-    "strict": "array_api_strict",
-    "jax": "jax.numpy",
-}
+registry = import_module("opoch_xp.backends")
+Install = Callable[..., None]
+LIBRARIES = {"readonly": "numpy", "generic": "numpy", "strict": "array_api_strict"}  # of options that are no library
+TWINS = ("generic", "strict")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Arrays of one library and the name to pass as `backend=`; None is the library's own choice."""
+    """Arrays of one library and the name to pass as `backend=`; None where no plugin is installed for it."""
 
     option: str
     name: str | None
-    xp: Any
-    device: str | None = None
+    library: Library
+
+    @property
+    def xp(self) -> Any:
+        return self.library.xp
 
     @property
     def kernels(self) -> Any:
@@ -48,20 +60,17 @@ class Backend:
 
     def array(self, array: Any) -> Any:
         """A copy of a host array in the backend's library, on the device asked for."""
-        named = self.device is not None and self.option == "torch"  # CuPy's arrays have no other device
-        return self.xp.asarray(np.array(array), **({"device": self.device} if named else {}))
+        made = self.library.array(array)
+        if self.option == "readonly":
+            made.flags.writeable = False
+        return made
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of one of the backend's arrays."""
-        if hasattr(array, "get") and hasattr(array, "device"):  # CuPy's
-            array = array.get()
-        if hasattr(array, "detach"):
-            array = array.detach().cpu()
-            array = (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
-        return np.array(array)
+        return self.library.host(array)
 
     def has(self, dtype: str) -> bool:
-        return hasattr(self.xp, dtype)
+        return self.library.has(dtype)
 
     def gradients(self, loss: Callable[..., Any], *host: np.ndarray) -> list[np.ndarray]:
         """Gradients of loss(*arrays) for the host arrays, on the host; the test is skipped where there are none."""
@@ -78,7 +87,9 @@ class Backend:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--backend", default="numpy", help="numpy (the plugin), generic, strict, or a library: torch, jax.numpy, ..."
+        "--backend",
+        default="numpy",
+        help="a library, as plugins are named: numpy, torch, jax; readonly, generic or strict",
     )
 
     parser.addoption(
@@ -101,22 +112,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("JAX_ENABLE_X64", "1")
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiled once, run once
     try:
-        xp = import_module(LIBRARIES.get(option, f"array_api_compat.{option}"))
+        xp = namespace(LIBRARIES.get(option, option))
     except ImportError as missing:
         raise pytest.UsageError(f"--backend {option}: {missing}") from missing
     # the same examples every time; fewer where every operation is checked by the library, or compiled for every shape
     examples, phases = {"strict": 15, "jax": 3}.get(option, 40), (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile("suite", derandomize=True, deadline=None, max_examples=examples, phases=phases)
     settings.load_profile("suite")
-    config.stash[BACKEND] = Backend(option, option if option in ("numpy", "generic") else None, xp, device)
+    name = "generic" if option in TWINS else library(xp)
+    name = name if name in {"generic", *entry_points(group=GROUP).names} else None
+    config.stash[BACKEND] = Backend(option, name, Library(xp, None if option == "cupy" else device))  # it has no other
 
 
-def _require(device: str, library: str) -> None:
+def _require(device: str, option: str) -> None:
     """Ends the run where the device is not there: as a success that says why, or as a failure where one is required."""
-    module = import_module(library)
-    found = module.is_available() if library == "cupy" else module.cuda.is_available()
-    if not found:
-        reason = f"--device {device}: {library} finds no GPU on this machine"
+    module = import_module(option)
+    found = {"cupy": "is_available", "torch": "cuda.is_available"}.get(option)
+    if found and not attrgetter(found)(module)():
+        reason = f"--device {device}: {option} finds no GPU on this machine"
         required = os.environ.get("OPOCH_REQUIRE_GPU") == "1"
         pytest.exit(f"{reason}{' and OPOCH_REQUIRE_GPU=1' if required else ''}", returncode=1 if required else 0)
 
@@ -140,3 +153,31 @@ def _flags(item: pytest.Item) -> AbstractContextManager[Any]:
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.config.stash[BACKEND]
+
+
+def module(name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(members)
+    return made
+
+
+def _forget() -> None:
+    """What the registry has read of the plugins."""
+    for cached in (registry._found, registry._kernels, registry.kernels_for):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Replaces the installed plugins by name=value pairs and the modules given, for one test."""
+
+    def replace(*points: tuple[str, str], **modules: ModuleType) -> None:
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        found = [EntryPoint(name, value, registry.GROUP) for name, value in points]
+        monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
+        _forget()
+
+    yield replace
+    monkeypatch.undo()
+    _forget()

@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from compare import relative_error, rounding
 from conftest import Backend
-from inputs import MANY, clustered, qkv
 
 import opoch_xp as ox
 from opoch_xp import Exact, Treecode
 from opoch_xp.arguments import prepare
 from opoch_xp.cost import Cost, predicted
 from opoch_xp.solve import choose
+from opoch_xp.testing import MANY, clustered, qkv, relative_error, rounding
 from opoch_xp.tune import ladder
 
 pytestmark = pytest.mark.dynamic_shapes  # of the ladder's LSH

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import assert_close, relative_error, rounding
 from conftest import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import Call, calls, clustered, qkv
+from inputs import Call, calls
 
 import opoch_xp as ox
 from opoch_xp import LSH, Exact
 from opoch_xp.buckets import Buckets
 from opoch_xp.lsh import bucket_limit
+from opoch_xp.testing import assert_close, clustered, qkv, relative_error, rounding
 
 pytestmark = pytest.mark.dynamic_shapes
 Result = tuple[np.ndarray, np.ndarray, np.ndarray]  # out, lse, read

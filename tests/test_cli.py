@@ -124,7 +124,7 @@ def test_backends_are_listed():
     cells = table_of(result.stdout)
     assert ["generic", "opoch_xp.backends.generic", "", "yes"] in cells
     assert any(row[0] == "numpy" and row[3] == "yes" for row in cells)
-    assert any(row[0] == "tree_attention" and row[1] == "own" for row in cells)
+    assert any(row[0] == "tree_attention" and "own" in row for row in cells)
 
 
 @pytest.fixture

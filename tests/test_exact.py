@@ -3,13 +3,13 @@
 import numpy as np
 import oracle
 import pytest
-from compare import assert_close, relative_error, rounding
 from conftest import Backend
 from hypothesis import given
-from inputs import Call, calls, qkv
+from inputs import Call, calls
 
 import opoch_xp as ox
 from opoch_xp.audit import exact_rows
+from opoch_xp.testing import assert_close, qkv, relative_error, rounding
 
 
 @given(call=calls(tied=True))

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from compare import assert_close, rounding
 from conftest import Backend
 from hypothesis import example, given
-from inputs import MANY, Call, calls, methods, qkv
+from inputs import Call, calls, methods
 
 import opoch_xp as ox
 from opoch_xp import Treecode
+from opoch_xp.testing import MANY, assert_close, qkv, rounding
 
 SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=6, near=3, own=2)
 PARTS = ("local", "far", "near", "own")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import opoch_xp as ox
+from opoch_xp.testing import whole
 
 BITS = [0, 1, 7, 8, 9, 16, 17, 24, 31, 32, 33, 62]
 
@@ -18,11 +19,6 @@ def definition(x: np.ndarray, planes: np.ndarray) -> np.ndarray:
     """The sum of 2**b over the planes b with planes[t, b] . x >= 0, in whole numbers, (..., tables, n)."""
     signs = np.einsum("tbd,...nd->...tnb", planes.astype(np.float64), x.astype(np.float64)) >= 0
     return (signs * (np.int64(1) << np.arange(planes.shape[1], dtype=np.int64))).sum(-1, dtype=np.int64)
-
-
-def whole(seed: int, *shape: int) -> np.ndarray:
-    """Small whole numbers: their dot products are exact in any order, and often zero."""
-    return np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
 
 
 def codes_of(backend: Backend, x: Any, planes: np.ndarray) -> np.ndarray:

@@ -15,14 +15,10 @@ from hypothesis import strategies as st
 
 import opoch_xp as ox
 from opoch_xp.probing import flip_sets
+from opoch_xp.testing import whole
 
 pytestmark = pytest.mark.dynamic_shapes
 METRICS = ["cosine", "inner", "euclidean"]
-
-
-def whole(seed: int, *shape: int) -> np.ndarray:
-    """Small whole numbers, some rows equal: projections on whole planes are exact in any order, and often zero."""
-    return np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
 
 
 def normal(seed: int, *shape: int, dtype: str = "float32") -> np.ndarray:

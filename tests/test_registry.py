@@ -1,14 +1,13 @@
 """The registry: entry points held in memory, so that every way a plugin can be wrong is tried."""
 
-import sys
-from collections.abc import Callable, Iterator
+import re
 from importlib import import_module
-from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Install, module
 
 import opoch_xp as ox
 from opoch_xp.backends import KERNELS, kernels_for, library
@@ -16,34 +15,6 @@ from opoch_xp.backends import KERNELS, kernels_for, library
 registry = import_module("opoch_xp.backends")
 generic = import_module("opoch_xp.backends.generic")
 ABACUS = ModuleType("abacus")  # the namespace of an array library
-Install = Callable[..., None]
-
-
-def clear() -> None:
-    for cached in (registry._found, registry._kernels, registry.kernels_for):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Replaces the installed plugins by name=value pairs and the modules given, for one test."""
-
-    def replace(*points: tuple[str, str], **modules: ModuleType) -> None:
-        for name, module in modules.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        found = [EntryPoint(name, value, registry.GROUP) for name, value in points]
-        monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
-        clear()
-
-    yield replace
-    monkeypatch.undo()
-    clear()
-
-
-def module(name: str, **members: Any) -> ModuleType:
-    made = ModuleType(name)
-    vars(made).update(members)
-    return made
 
 
 def test_a_plugins_own_kernels_come_first_and_gaps_are_filled(install: Install) -> None:
@@ -122,6 +93,39 @@ def test_a_broken_plugin_raises_its_own_error_on_use_alone(install: Install) -> 
     assert listed["abacus"].reason.startswith("ModuleNotFoundError: No module named 'no_such_module_anywhere'")
     assert not listed["abacus"].available
     assert listed["generic"].available
+
+
+@pytest.mark.parametrize(
+    ("version", "cure"),
+    [
+        (registry.API_VERSION + 1, "upgrade opoch-xp, or install a plugin that was written for version 1"),
+        (registry.API_VERSION - 1, "upgrade plugin, or install a plugin that was written for version 1"),
+        ("1", "its API_VERSION must be a whole number"),
+        (1.0, "its API_VERSION must be a whole number"),
+        (True, "its API_VERSION must be a whole number"),
+        (None, "its API_VERSION must be a whole number"),
+    ],
+)
+def test_a_plugin_written_for_another_version(install: Install, version: Any, cure: str) -> None:
+    install(("abacus", "plugin"), plugin=module("plugin", exact_attention=len, API_VERSION=version))
+    named = (
+        f"backend 'abacus': the plugin plugin was written for version {version!r} of the plugin API, and this"
+        f" opoch_xp has version {registry.API_VERSION}: {cure}"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(named)}$"):
+        kernels_for(ABACUS)
+    assert kernels_for(ABACUS, "generic").exact_attention is generic.exact_attention
+    listed = {backend.name: backend for backend in ox.backends()}
+    assert (listed["abacus"].available, listed["abacus"].reason) == (False, f"RuntimeError: {named}")
+
+
+def test_a_plugin_that_states_no_version_was_written_for_the_first(install: Install, monkeypatch: Any) -> None:
+    install(("abacus", "plugin"), plugin=module("plugin", exact_attention=len))
+    assert kernels_for(ABACUS).exact_attention is len
+    monkeypatch.setattr(registry, "API_VERSION", 2)
+    install(("abacus", "plugin"), plugin=module("plugin", exact_attention=len))
+    with pytest.raises(RuntimeError, match="written for version 1 of the plugin API, and this opoch_xp has version 2"):
+        kernels_for(ABACUS)
 
 
 def test_the_listing_says_what_is_own_and_what_is_filled(install: Install) -> None:

@@ -6,12 +6,12 @@ from threading import Event
 
 import numpy as np
 import pytest
-from inputs import clustered, qkv
 from threadpoolctl import OpenBLASController, threadpool_info, threadpool_limits
 
 import opoch_xp as ox
 from opoch_xp.backends.numpy import thread_count, threads
 from opoch_xp.backends.numpy.pool import run
+from opoch_xp.testing import clustered, qkv
 
 METHODS = [ox.Exact(), ox.Treecode(block=64, leaf=4), ox.Treecode(group=16, iterations=0), ox.LSH(bits=4, tables=3)]
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from compare import DECISIONS_GIVEN, assert_close, relative_error, rounding
 from conftest import Backend
 from hypothesis import given
-from inputs import MANY, Call, calls, clustered, methods, qkv
+from inputs import Call, calls, methods
 
 import opoch_xp as ox
 from opoch_xp import Treecode
 from opoch_xp.arguments import prepare
 from opoch_xp.forest import attend_treecode
+from opoch_xp.testing import DECISIONS_GIVEN, MANY, assert_close, clustered, qkv, relative_error, rounding
 from opoch_xp.tree import Lists
 
 SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=16, open=6, near=3, own=2)

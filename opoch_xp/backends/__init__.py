@@ -4,7 +4,10 @@ A plugin is a module named by an entry point of the group `opoch_xp.backends`; t
 library. It may define any of KERNELS, with the signature and meaning of the twin in `opoch_xp.backends.generic`; what
 it lacks is filled with that twin once, when the plugin is loaded. Nothing falls back at call time. It may also define
 ACCEPTS, the dtypes its kernels take as they are (others are widened to float32 before; kernels that accept 16 bits
-return float32), and COST, what the automatic choice reckons with.
+return float32), COST, what the automatic choice reckons with, API_VERSION, the version of this contract that it was
+written for (1 where it says none), and unavailable(), why it cannot be used here, or "".
+
+`opoch_xp.testing.check_backend` is the contract in executable form.
 """
 
 import sys
@@ -16,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 GROUP = "opoch_xp.backends"
+API_VERSION = 1  # grows when a plugin written before would break or compute wrong: another signature, value or meaning
 KERNELS = (
     "exact_attention",
     "hash_codes",
@@ -77,10 +81,29 @@ def _module(name: str) -> Any:
     return points[0].load()
 
 
+def _check_version(name: str, module: Any) -> None:
+    """RuntimeError unless the plugin was written for the version of the contract that is in force here."""
+    version = getattr(module, "API_VERSION", 1)
+    if version == API_VERSION and type(version) is int:
+        return
+    [point] = _found()[name]
+    plugin = point.dist.name if point.dist else point.value
+    cure = "its API_VERSION must be a whole number"
+    if type(version) is int:
+        older = "opoch-xp" if version > API_VERSION else plugin
+        cure = f"upgrade {older}, or install a {plugin} that was written for version {API_VERSION}"
+    raise RuntimeError(
+        f"backend {name!r}: the plugin {_origin(point)} was written for version {version!r} of the plugin API, and this"
+        f" opoch_xp has version {API_VERSION}: {cure}"
+    )
+
+
 @cache
 def _kernels(name: str) -> SimpleNamespace:
     generic = import_module("opoch_xp.backends.generic")
     module = _module(name)
+    if name != "generic":
+        _check_version(name, module)
     members = {kernel: getattr(module, kernel, None) or getattr(generic, kernel) for kernel in (*KERNELS, *CONSTANTS)}
     native = tuple(kernel for kernel in KERNELS if hasattr(module, kernel))
     return SimpleNamespace(name=name, native=native, **members)
@@ -91,7 +114,7 @@ def kernels_for(xp: Any, backend: str | None = None) -> SimpleNamespace:
     """Kernels, as attributes, for arrays of the namespace `xp`: its plugin's, or the generic twins.
 
     Raises ValueError for a backend that is not installed or is for another library, RuntimeError for two plugins of
-    one name; a plugin that fails to import raises its own exception.
+    one name or one written for another API_VERSION; a plugin that fails to import raises its own exception.
     """
     name = library(xp)
     if backend not in (None, name, "generic"):
@@ -104,24 +127,26 @@ def kernels_for(xp: Any, backend: str | None = None) -> SimpleNamespace:
     return _kernels(name if name in _found() and backend != "generic" else "generic")
 
 
+def listed(name: str) -> Backend:
+    """One of the installed backends; one that is broken has its reason."""
+    points = _found().get(name, ())
+    source = ", ".join(map(_origin, points)) or "opoch_xp.backends.generic"
+    version = points[0].dist.version if points and points[0].dist else ""
+    try:
+        native = _kernels(name).native
+        reason = getattr(_module(name), "unavailable", lambda: "")()
+    except Exception as error:  # any plugin may fail in any way; the listing says how
+        reason, native = f"{type(error).__name__}: {error}", ()
+    filled = tuple(kernel for kernel in KERNELS if kernel not in native) if native else ()
+    return Backend(name, source, version, not reason, reason, native, filled)
+
+
 def installed() -> list[Backend]:
     """Every backend that is installed: its name, source, version, whether it can be used or why not, its kernels.
 
     A backend that is broken is listed with its reason; nothing is raised.
     """
-    listing = []
-    for name, points in sorted({**_found(), "generic": ()}.items()):
-        source = ", ".join(map(_origin, points)) or "opoch_xp.backends.generic"
-        version = points[0].dist.version if points and points[0].dist else ""
-        try:
-            kernels = _kernels(name)
-            reason = getattr(_module(name), "unavailable", lambda: "")()
-            native = kernels.native
-        except Exception as error:  # any plugin may fail in any way; the listing says how
-            reason, native = f"{type(error).__name__}: {error}", ()
-        filled = tuple(kernel for kernel in KERNELS if kernel not in native) if native else ()
-        listing.append(Backend(name, source, version, not reason, reason, native, filled))
-    return listing
+    return [listed(name) for name in sorted({*_found(), "generic"})]
 
 
 class _Backends(ModuleType):

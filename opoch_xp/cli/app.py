@@ -55,6 +55,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
+        except typer.Exit:  # a RuntimeError too
+            raise
         except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
             message = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"opoch-xp: {message}", err=True)
@@ -170,9 +172,17 @@ def report(
 
 @app.command()
 @one_line_errors
-def backends(json: Json = None) -> None:
+def backends(
+    check: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Hold this backend to its contract: see docs/plugins.md.")
+    ] = None,
+    json: Json = None,
+) -> None:
     """What is installed, from where, and whether it can be used."""
-    from opoch_xp.cli.backends import list_backends
+    from opoch_xp.cli.backends import check_one, list_backends
     from opoch_xp.cli.tables import Sink
 
-    list_backends(Sink(json))
+    if check is None:
+        list_backends(Sink(json))
+    else:
+        check_one(check, Sink(json))

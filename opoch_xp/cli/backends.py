@@ -1,9 +1,12 @@
-"""`opoch-xp backends`: what is installed, from where, and whether it can be used."""
+"""`opoch-xp backends`: what is installed, from where, whether it can be used, and whether it keeps its contract."""
 
 from dataclasses import asdict
 
+import typer
+
 from opoch_xp.backends import KERNELS, Backend, installed
 from opoch_xp.cli.tables import Sink, Table
+from opoch_xp.testing import BackendError, check_backend
 
 
 def list_backends(sink: Sink) -> None:
@@ -19,6 +22,20 @@ def list_backends(sink: Sink) -> None:
     columns = ["kernel", *(entry.name for entry in found)]
     sink.show(Table("Kernels", [], columns, kernels, text_columns=len(columns)))
     sink.write_json([asdict(entry) for entry in found])
+
+
+def check_one(name: str, sink: Sink) -> None:
+    """What check_backend finds: a table of what was checked, or every fault and exit code 1."""
+    try:
+        report = check_backend(name)
+        checks, text = report.checks, str(report)
+    except BackendError as broken:
+        checks, text = broken.checks, str(broken)
+    failed = any(check.fault for check in checks)
+    typer.echo(text, err=failed or sink.console.stderr)
+    sink.write_json([asdict(check) for check in checks])
+    if failed:
+        raise typer.Exit(1)
 
 
 def _whose(kernel: str, entry: Backend) -> str:

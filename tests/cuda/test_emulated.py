@@ -25,6 +25,7 @@ from opoch_xp.backends.cupy import launch, search, split
 from opoch_xp.backends.cupy.launch import INSTANCES, instances
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.forest import directions
+from opoch_xp.testing import check_backend
 from opoch_xp.tree import splits
 
 RACES = os.environ.get("OPOCH_EMULATE") == "threads"
@@ -420,6 +421,15 @@ def test_whole_calls_in_16_bits(method: Any, whole_plugin: None, emulated: Emula
     result = ox.attend(q, k, v, causal=True, method=method, key_mask=mask)
     assert (result.out.dtype, result.lse.dtype) == (np.float16, np.float32)
     assert any("f16" in name for name in emulated.launched) == (type(method) is not ox.LSH)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+def test_the_contract(whole_plugin: None, emulated: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel in 16, 32 and 64 bits, as every plugin is checked."""
+    if emulated.descending:
+        pytest.skip("once: it takes a minute or two")
+    monkeypatch.setattr(plugin, "unavailable", lambda: "")
+    assert check_backend("numpy").dtypes == ("float16", "float32", "float64")
 
 
 def untouched(*shape: int, dtype: type = np.float32) -> np.ndarray:

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     __syncthreads();
     if (threadIdx.x < BQ) {
       u32 sum = 0;
-      for (int c = 0; c < BK; c++) sum += tile.weight[threadIdx.x * PITCH + c] > -infinity<T>();
+      for (int c = 0; c < BK; c++) sum += tile.weight[threadIdx.x * PITCH + c] != -infinity<T>();  // NaN was read
       counted[threadIdx.x] += sum;
     }
     tile.fold();
