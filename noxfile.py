@@ -130,8 +130,27 @@ def transformers(session: nox.Session) -> None:
     session.run("pytest", "tests/test_transformers.py", *session.posargs)
 
 
+QUIET = {"NO_MKDOCS_2_WARNING": "1"}  # a notice of the theme's about its successor
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The site of the documentation, built into site/; its links, its figures, and that it fetches nothing."""
+    install(session, "docs")
+    session.run("mkdocs", "build", "--strict", env=QUIET)
+    session.run("pytest", "tests/site", *session.posargs)
+
+
+@nox.session(default=False)
+def doctests(session: nox.Session) -> None:
+    """Every example: of the docstrings, of the README and of the pages in docs/."""
+    install(session, "doctests")
+    arguments = ["--doctest-modules", "opoch_xp", "tests/test_examples.py", *session.posargs]
+    session.run("pytest", *arguments, env={"OPOCH_EXAMPLES": "all"})
+
+
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
-    """The page of `opoch-xp report` in headless Chromium, at desktop and phone widths; needs chromium."""
+    """The page of `opoch-xp report` and the site in headless Chromium, at desktop and phone widths; needs chromium."""
     install(session, "test-browser")
     session.run("pytest", "tests/browser", *session.posargs)

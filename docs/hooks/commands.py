@@ -1,12 +1,14 @@
 """The commands and options of `opoch-xp`, written into the page from the program itself."""
 
 import html
+import re
 from typing import Any
 
 from typer import Context
 from typer.main import get_command
 
 MARK = "<!-- commands -->"
+KINDS = {"int range": "N", "int": "N", "list[int]": "N", "float range": "X", "float": "X", "str": "NAME", "path": "FILE"}
 
 
 def on_page_markdown(text: str, **_: Any) -> str:
@@ -22,11 +24,23 @@ def commands() -> str:
 
 
 def section(name: str, command: Any) -> str:
-    context = Context(command)
     arguments = [entry for entry in command.params if not entry.opts[0].startswith("-")]
     call = " ".join(["opoch-xp", name, *(entry.name.upper() for entry in arguments), "[OPTIONS]"])
-    rows = [entry.get_help_record(context) for entry in command.params if not entry.hidden]
-    table = [f"| `{option.replace('|', chr(0x2502))}` | {html.escape(meaning)} |" for option, meaning in rows]
-    return "\n".join(
-        [f"## {name}", "", command.help, "", f"```text\n{call}\n```", "", "| option | meaning |", "|---|---|", *table, ""]
-    )
+    rows = [row(entry, Context(command)) for entry in command.params if not entry.hidden]
+    head = [f"## {name}", "", command.help, "", f"```text\n{call}\n```", "", "| option | meaning |", "|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def row(entry: Any, context: Any) -> str:
+    """A line of the table, from what --help says: `--dim N`, and bounds in words."""
+    option, meaning = entry.get_help_record(context)
+    given = re.search(r" <(.+)>$", option)
+    if given and "|" in given[1]:
+        meaning = f"{meaning} One of {', '.join(given[1].split('|'))}."
+    if given:
+        option = option[: given.start()] + " " + KINDS.get(given[1], "NAME")
+    if entry not in context.command.params or not entry.opts[0].startswith("-"):
+        option = entry.name.upper()
+    meaning = meaning.replace("[required]", "").replace("x>=", "at least ")
+    meaning = re.sub(r"(\S+?)<=x<=(\S+?)([\];])", r"\1 to \2\3", meaning)
+    return f"| `{option}` | {html.escape(re.sub(r'  +', ' ', meaning)).replace('[', '(').replace(']', ')')} |"
