@@ -3,10 +3,12 @@
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -15,14 +17,31 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars",
 )  # fmt: skip
-PATIENCE = 3000  # milliseconds of the page's own time
+PATIENCE = 120  # seconds
 
 
-def look(profile: Path, *arguments: str, patience: int = PATIENCE) -> str:
-    """What Chromium prints."""
+def look(profile: Path, *arguments: str) -> str:
+    """What Chromium prints once the page has had three seconds of its own time."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--virtual-time-budget={patience}", f"--user-data-dir={profile}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    command = [CHROMIUM, *FLAGS, "--virtual-time-budget=3000", f"--user-data-dir={profile}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+
+
+def told(profile: Path, asked: list[str], *arguments: str) -> str:
+    """What the page tells by asking the server for /told?TEXT, for pages whose workers do not end."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + PATIENCE
+        try:
+            while time.monotonic() < end:
+                found = [path for path in list(asked) if path.startswith("/told?")]
+                if found:
+                    return unquote(found[0].removeprefix("/told?"))
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+    raise TimeoutError(f"the page told nothing in {PATIENCE} s; it asked for {asked[-5:]}")
 
 
 @contextmanager
