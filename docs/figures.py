@@ -61,7 +61,7 @@ def collisions() -> Any:
     axes.set(xlabel="angle between the two vectors, degrees", ylabel="chance to share a bucket", xlim=(0, 90))
     axes.set_xticks(range(0, 91, 15))
     axes.grid(True)
-    figure.legend(loc="outside right upper", title="bits × tables")
+    figure.legend(loc="outside lower left", ncols=4)
     return figure
 
 
@@ -129,7 +129,8 @@ def forest() -> Any:
             box.set_facecolor(colour if read else "none")
             axes.add_patch(box)
     axes.axvline(POSITION, color=LETTERS, linewidth=1, linestyle=":")
-    axes.set(xlim=(0, TOKENS), ylim=(len(rows) - 0.4, -0.6), xlabel=f"position of the key; the query stands at {POSITION}")
+    axes.set(xlim=(0, TOKENS), ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlabel=f"position of the key; the query stands at {POSITION}")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(0, TOKENS + 1, 32))
     axes.spines[:].set_visible(False)

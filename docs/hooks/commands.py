@@ -8,7 +8,7 @@ from typer import Context
 from typer.main import get_command
 
 MARK = "<!-- commands -->"
-KINDS = {"int range": "N", "int": "N", "list[int]": "N", "float range": "X", "float": "X", "str": "NAME", "path": "FILE"}
+KINDS = {"int range": "N", "list[int]": "N", "float range": "X", "float": "X", "path": "FILE"}  # any other: NAME
 
 
 def on_page_markdown(text: str, **_: Any) -> str:

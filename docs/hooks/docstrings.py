@@ -1,5 +1,5 @@
-"""Docstrings as Markdown: they are plain prose with `code`, lists and examples. What else Markdown would read as its own
-is escaped, examples become blocks of code, and the names of arguments are set as code where they are explained."""
+"""Docstrings as Markdown: they are plain prose with `code`, lists and examples. What else Markdown would take for its
+own is escaped, examples become blocks of code, and the names of arguments are set as code where they are explained."""
 
 import re
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""The site of the documentation in a browser: no page wider than a phone, no figure empty, nothing fetched elsewhere."""
+"""The site of the documentation in a browser: no page wider than a phone, no figure empty, nothing from elsewhere."""
 
 import json
 import os
