@@ -196,18 +196,17 @@ def selection() -> Any:
     sharpness = np.array([0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     figure, panels = pyplot.subplots(1, 2, figsize=(6.4, 3.3), sharey=True, layout="constrained")
     for axes, workload, title in zip(panels, ("gaussian", "scattered"), ("no structure", "64 clusters"), strict=True):
-        q, k, v = workloads.make(workload, n, dim=dim)
+        q, k, v = (x.astype(np.float64) for x in workloads.make(workload, n, dim=dim))
         q = q[:, :256]
         norm = float(np.sqrt(np.mean(q**2) * np.mean(k**2)))  # so that logits deviate by about the sharpness
         errors: dict[str, list[float]] = {"shared buckets": [], "heaviest keys alone": [], "treecode": []}
         for sharp in sharpness:
-            scale = float(sharp) * dim**-0.5 / norm
-            exact = ox.attention(q, k, v, method=ox.Exact(), scale=scale)[0]
-            tree = ox.attend(q, k, v, method=method, scale=scale)
-            keep = round(tree.report.pairs * n)
+            options = {"scale": float(sharp) * dim**-0.5 / norm, "backend": "generic"}  # the same on every machine
+            exact = ox.attention(q, k, v, method=ox.Exact(), **options)[0]
+            tree = ox.attend(q, k, v, method=method, **options)
             outs = (
-                ox.attention(q, k, v, method=ox.LSH(bits=7, tables=8), scale=scale)[0],
-                heaviest(scale * q[0] @ k[0].T, v[0], keep),
+                ox.attention(q, k, v, method=ox.LSH(bits=7, tables=8), **options)[0],
+                heaviest(options["scale"] * q[0] @ k[0].T, v[0], round(tree.report.pairs * n)),
                 tree.out[0],
             )
             for error, out in zip(errors.values(), outs, strict=True):
@@ -217,7 +216,7 @@ def selection() -> Any:
         axes.set(xscale="log", yscale="log", xlabel="deviation of the logits", title=title)
         axes.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
         axes.grid(True)
-    panels[0].set(ylabel="error", yticks=[0.01, 0.1, 1, 10])
+    panels[0].set(ylabel="error", yticks=[0.01, 0.1, 1, 10], ylim=(0.001, 12))
     panels[0].set_yticklabels(["1%", "10%", "100%", "1000%"])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
