@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -25,55 +26,67 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
 
 
-# What compiled kernels compute, and what stands in for them where Numba is not installed.
-TREES = [
-    f"tests/test_{name}.py" for name in ("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
-]
-PLAIN = {"OPOCH_COMPILED": "0"}
-# What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite.
-JAX = [f"tests/test_{name}.py" for name in ("audit", "exact", "hashing", "jax", "treecode")]
+def files(*names: str) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names]
 
-BACKENDS = [
-    nox.param("numpy", "test", [], id="numpy"),
-    nox.param("numpy", "test-compiled", TREES, id="compiled"),
-    nox.param("strict", "test", [], id="strict"),
-    nox.param("readonly", "test", [], id="readonly"),
-    nox.param("torch", "test-torch", [], id="torch"),
-    nox.param("jax", "test-jax", JAX, id="jax"),
-]
+
+# What compiled kernels compute, and what stands in for them where Numba is not installed.
+TREES = files("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
+# What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite.
+JAX = files("audit", "exact", "hashing", "jax", "treecode")
+PLAIN = {"OPOCH_COMPILED": "0"}
+
+Run = tuple[list[str], dict[str, str]]  # arguments of pytest, environment
+
+
+def backend(name: str, group: str, about: str, *runs: Run, default: bool = True) -> None:
+    """A session tests(NAME): the suite through one backend, in one or more runs."""
+
+    def run(session: nox.Session) -> None:
+        install(session, group)
+        for arguments, environment in runs:
+            session.run("pytest", *arguments, *session.posargs, env=environment)
+
+    run.__doc__ = about
+    nox.session(run, name=f"tests({name})", default=default)
+
+
+GPU = "Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."
+TORCH, CUPY = ["--backend", "torch"], ["--backend", "cupy", "--device", "cuda"]
+backend("numpy", "test", "The suite through the NumPy plugin, without Numba.", ([], {}))
+backend("compiled", "test-compiled", "What Numba compiles, through the NumPy plugin.", (TREES, {}))
+backend(
+    "strict", "test", "The generic kernels under array-api-strict, its strictest flags.", (["--backend", "strict"], {})
+)
+backend("readonly", "test", "NumPy arrays that may not be written.", (["--backend", "readonly"], {}))
+backend(
+    "torch", "test-torch", "The PyTorch plugin on a CPU, compiled, and plain where that differs.",
+    (TORCH, {}), ([*TORCH, *TREES], PLAIN),
+)  # fmt: skip
+backend("jax", "test-jax", "The JAX plugin: jit, grad, vmap; slow.", (["--backend", "jax", *JAX], {}), default=False)
+backend(
+    "minimum", "test-minimum", "The oldest versions that the metadata admits, compiled and plain.",
+    ([], {}), (TREES, PLAIN), default=False,
+)  # fmt: skip
+backend(
+    "torch-gpu", "test-torch", f"The PyTorch plugin on CUDA tensors. {GPU}",
+    ([*TORCH, "--device", "cuda"], {}), default=False,
+)  # fmt: skip
+backend(
+    "cupy", "test-cupy", f"The CuPy plugin, and every wrapper of PTX. {GPU}",
+    (CUPY, {}), ([*CUPY, "tests/cuda/test_wrappers.py"], {}), default=False,
+)  # fmt: skip
 
 
 @nox.session
-@nox.parametrize(("backend", "group", "files"), BACKENDS)
-def tests(session: nox.Session, backend: str, group: str, files: list[str]) -> None:
-    """The test suite through one backend.
-
-    The NumPy plugin, plain or compiled by Numba; the generic twins under array-api-strict; the PyTorch plugin, compiled
-    and then, where that differs, plain.
-    """
-    install(session, group)
-    arguments = [] if backend == "numpy" else ["--backend", backend]
-    session.run("pytest", *arguments, *files, *session.posargs)
-    if backend == "torch":
-        session.run("pytest", *arguments, *TREES, *session.posargs, env=PLAIN)
-
-
-@nox.session(name="tests(torch-gpu)", default=False)
-def torch_gpu(session: nox.Session) -> None:
-    """The suite on CUDA tensors. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."""
-    install(session, "test-torch")
-    session.run("pytest", "--backend", "torch", "--device", "cuda", *session.posargs)
-
-
-@nox.session(name="tests(cupy)", default=False)
-def cupy(session: nox.Session) -> None:
-    """The suite through the CuPy plugin. Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1.
-
-    And every wrapper of PTX against its twin for a CPU.
-    """
-    install(session, "test-cupy")
-    session.run("pytest", "--backend", "cupy", "--device", "cuda", *session.posargs)
-    session.run("pytest", "--backend", "cupy", "--device", "cuda", "tests/cuda/test_wrappers.py")
+def wheel(session: nox.Session) -> None:
+    """The wheel in an empty environment, with no extras: everything that it promises without them."""
+    folder = Path(session.create_tmp()).resolve()
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), ".")
+    session.install(*map(str, folder.glob("*.whl")))
+    session.run("python", "-I", str(Path("tests/smoke.py").resolve()))
 
 
 @nox.session(default=False)
@@ -85,11 +98,11 @@ def cuda_sanitize(session: nox.Session) -> None:
     if shutil.which("compute-sanitizer") is None and os.environ.get("OPOCH_REQUIRE_GPU") != "1":
         session.skip("compute-sanitizer, of the CUDA toolkit, is not installed")
     install(session, "test-cupy")
-    files = [f"tests/test_{name}.py" for name in ("exact", "treecode", "buckets", "hashing", "index")]
+    chosen = files("exact", "treecode", "buckets", "hashing", "index")
     for tool in ("memcheck", "racecheck"):
         session.run(
             "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "python", "-m", "pytest", "--backend", "cupy",
-            "--device", "cuda", *files, external=True,
+            "--device", "cuda", *chosen, external=True,
         )  # fmt: skip
 
 
@@ -108,8 +121,8 @@ def cuda_compile(session: nox.Session) -> None:
 def cuda_emulate(session: nox.Session) -> None:
     """CUDA kernels and their launchers on the CPU, against the generic twins; needs g++ and says so."""
     install(session, "test-cuda")
-    files = [f"tests/cuda/test_{name}.py" for name in ("emulation", "wrappers", "emulated")]
-    session.run("pytest", *files, *session.posargs)
+    chosen = [f"tests/cuda/test_{name}.py" for name in ("emulation", "wrappers", "emulated")]
+    session.run("pytest", *chosen, *session.posargs)
 
 
 @nox.session(default=False)
@@ -134,8 +147,27 @@ def transformers(session: nox.Session) -> None:
     session.run("pytest", "tests/test_transformers.py", *session.posargs)
 
 
+QUIET = {"NO_MKDOCS_2_WARNING": "1"}  # a notice of the theme's about its successor
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The site of the documentation, built into site/; its links, its figures, and that it fetches nothing."""
+    install(session, "docs")
+    session.run("mkdocs", "build", "--strict", env=QUIET)
+    session.run("pytest", "tests/site", *session.posargs)
+
+
+@nox.session(default=False)
+def doctests(session: nox.Session) -> None:
+    """Every example: of the docstrings, of the README and of the pages in docs/."""
+    install(session, "doctests")
+    arguments = ["--doctest-modules", "opoch_xp", "tests/test_examples.py", *session.posargs]
+    session.run("pytest", *arguments, env={"OPOCH_EXAMPLES": "all"})
+
+
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
-    """The page of `opoch-xp report` in headless Chromium, at desktop and phone widths; needs chromium."""
+    """The page of `opoch-xp report` and the site in headless Chromium, at desktop and phone widths; needs chromium."""
     install(session, "test-browser")
     session.run("pytest", "tests/browser", *session.posargs)

@@ -27,11 +27,12 @@ class ApproximationWarning(UserWarning):
 class Report:
     """What a call did: the method, why it was chosen, what it read and what it measured on the way.
 
-    rows: rows a query read, mean, by part: "local" (exact, own block or all keys), "far" (summaries of nodes), "near"
-    (keys, for the whole group), "own" (keys, for the query). `read` holds the same as arrays of the device where they
-    are known there alone; asking for `rows` or `pairs` fetches them. method: None where a compiler saw the call before
-    it had a shape to choose by. exact_rows: rows exact attention would have read. pairs:
-    their share, which passes 1 where a method reads more than exact does. passes: every pass made over the input.
+    reason: why the method was chosen. rows: rows a query read, mean, by part: "local" (exact, own block or all keys),
+    "far" (summaries of nodes), "near" (keys, for the whole group), "own" (keys, for the query). `read` holds the same
+    as arrays of the device where they are known there alone; asking for `rows` or `pairs` fetches them. method: None
+    where a compiler saw the call before it had a shape to choose by. exact_rows: rows exact attention would have read.
+    pairs: their share, which passes 1 where a method reads more than exact does. passes: every pass made over the
+    input. audit: of an automatic choice that was checked, or of the choice that tol made; else None.
     """
 
     method: Method | None

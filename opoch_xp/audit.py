@@ -33,8 +33,8 @@ class PerQuery:
 
 @dataclass(frozen=True)
 class Rung:
-    """One method tried: the upper end of its error's 95% interval on the worst head, what it took, whether it stayed
-    within tol, on how many queries it was tried."""
+    """One method that `tune` tried. error: the upper end of its error's 95% interval on the worst head; seconds: what
+    it took; passed: whether error stayed within tol; queries: on how many of the last queries it was tried."""
 
     method: Method
     error: float
@@ -54,8 +54,8 @@ class Audit:
     error (..., H): per head, the Frobenius norm of (approximate - exact) over that of exact, on the sampled rows;
     interval (..., H, 2): its 95% interval by bootstrap over rows; per_query: figures of single queries; missed: mean of
     1 - exp(lse - lse_exact), the softmax mass that the method did not see (negative where it saw too much); rows:
-    sampled rows a head; heads: how many; seconds: what the method took, 0 when its output was given. ladder: the rungs
-    tried, when the audit comes from `tune`.
+    sampled rows a head; heads: how many; seed: of the sample; seconds: what the method took, 0 when its output was
+    given; ladder: the rungs tried, when the audit comes from `tune`.
     """
 
     error: np.ndarray

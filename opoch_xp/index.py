@@ -56,6 +56,10 @@ class LSHIndex:
     array([[0],
            [1],
            [2]])
+    >>> offsets, found = index.candidates(x[:3])  # of query i: found[offsets[i] : offsets[i + 1]]
+    >>> index.remove(ids[:10])
+    >>> len(index)
+    990
     """
 
     def __init__(

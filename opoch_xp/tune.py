@@ -77,6 +77,7 @@ def tune(
     16,384 queries a rung is tried on the last 16,384 first and, if it passes, on all. audit.ladder keeps every rung.
 
     Arrays and the other arguments as in `attend`. Cost: the methods tried, and rows * n_k exact dot products each.
+    Raises as attend does, and ValueError for a tol outside (0, 1), rows < 1 or seed < 0.
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 300, 8))

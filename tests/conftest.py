@@ -89,7 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
         default="numpy",
-        help="a library, as plugins are named: numpy, torch, jax; readonly, generic or strict",
+        help="a library, as plugins are named: numpy, torch; readonly; generic; strict",
     )
 
     parser.addoption(

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from compare import assert_close, relative_error, rounding
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # float64, and codes of 64 bits
 jax = pytest.importorskip("jax")
@@ -15,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import opoch_xp as ox  # noqa: E402
 from opoch_xp.backends import kernels_for  # noqa: E402
+from opoch_xp.testing import assert_close, relative_error, rounding  # noqa: E402
 
 SMALL = ox.Treecode(block=16, leaf=4, fan=4, branch=2, top=2, group=8, open=3, near=2, own=2)
 METHODS = (SMALL, ox.Exact())

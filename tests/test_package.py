@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import pkgutil
-import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -74,16 +73,6 @@ def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     assert isinstance(module, ModuleType)
     assert doctest.testmod(module).failed == 0
-
-
-def test_the_readme_s_examples_run(capsys, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    names: dict[str, object] = {}  # a block goes on where the one before it ended
-    monkeypatch.chdir(tmp_path)  # where one of them saves a file
-    for block in blocks:
-        exec(block.replace("8192", "300"), names)
-    assert capsys.readouterr().out
 
 
 def test_the_continuous_integration_runs_what_the_readme_tells():

@@ -38,7 +38,12 @@ CONSTANTS = ("ACCEPTS", "COST")
 
 @dataclass(frozen=True)
 class Backend:
-    """One installed backend: where it comes from, whether it can be used, which kernels are its own."""
+    """One installed backend: where it comes from, whether it can be used, which kernels are its own.
+
+    name: the array library; source: module and distribution; version: of the distribution, "" for `generic`; reason:
+    why it cannot be used, "" when it can; native: the kernels it defines; generic: those that are filled with the
+    twins.
+    """
 
     name: str
     source: str
@@ -144,7 +149,11 @@ def listed(name: str) -> Backend:
 def installed() -> list[Backend]:
     """Every backend that is installed: its name, source, version, whether it can be used or why not, its kernels.
 
-    A backend that is broken is listed with its reason; nothing is raised.
+    A backend that is broken is listed with its reason; nothing is raised. Imports every plugin.
+
+    >>> import opoch_xp as ox
+    >>> [backend.name for backend in ox.backends() if backend.available and backend.name in ("generic", "numpy")]
+    ['generic', 'numpy']
     """
     return [listed(name) for name in sorted({*_found(), "generic"})]
 

@@ -99,8 +99,13 @@ def forward(
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Next-byte logits (n, 256) and, layer by layer, the (q, k, v) that attention was given, each (4, n, 64) float32.
 
-    `attention(q, k, v)` returns the causal attention output (4, n, 64): pass an approximation to see what it does to
-    the model.
+    weights: from `load`; tokens (n,) uint8. `attention(q, k, v)` returns the causal attention output (4, n, 64): pass
+    an approximation to see what it does to the model. Cost: 4 layers of width 256, and four times the attention.
+
+    >>> from opoch_xp.data import byte_model
+    >>> logits, heads = byte_model.forward(byte_model.load(), byte_model.text(50))
+    >>> logits.shape, len(heads), heads[0][0].shape
+    ((50, 256), 4, (4, 50, 64))
     """
     n = len(tokens)
     x = weights["e.weight"][tokens] * np.float32(EMBEDDING_GAIN)  # (n, width)

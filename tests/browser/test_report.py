@@ -1,23 +1,15 @@
 """The page of `opoch-xp report` in a browser: everything drawn, nothing fetched, nothing wider than the page."""
 
 import re
-import shutil
-import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from chromium import CHROMIUM, look, served
 from typer.testing import CliRunner
 
 from opoch_xp.cli.app import app
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=3000",
-)  # fmt: skip
 FRAME = """<!doctype html><iframe id=f src=report.html style="width:{width}px;height:900px;border:0"></iframe><script>
 f.onload = () => {{
   const d = f.contentDocument, bad = [];
@@ -38,23 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, 
     folder = tmp_path_factory.mktemp("site")
     result = CliRunner().invoke(app, ["report", str(folder / "report.html"), "--tokens", "8192", "--vectors", "3000"])
     assert result.exit_code == 0, result.output
-    asked: list[str] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None:
-            asked.append(self.path)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Handler(*a, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-
-
-def chromium(profile: Path, *arguments: str) -> str:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    with served(folder) as (address, asked):
+        yield folder, address, asked
 
 
 @pytest.mark.parametrize("width", [1280, 375])
@@ -62,7 +39,7 @@ def test_the_page_fits_and_is_drawn(site: tuple[Path, str, list[str]], tmp_path:
     folder, address, asked = site
     (folder / f"frame{width}.html").write_text(FRAME.format(width=width))
     asked.clear()
-    text = chromium(tmp_path, "--window-size=1400,1000", "--dump-dom", f"{address}/frame{width}.html")
+    text = look(tmp_path, "--window-size=1400,1000", "--dump-dom", f"{address}/frame{width}.html")
     found = re.search(r"measured \[(\d+),(\d+),(\[.*?\])\] end", text)
     assert found is not None, text[-2000:]
     assert int(found[1]) <= width

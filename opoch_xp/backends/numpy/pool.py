@@ -45,7 +45,15 @@ def thread_count() -> int:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Limit the plugin's kernels to `number` threads within the block."""
+    """Limit the plugin's kernels to `number` threads within the block, for this thread of Python's and what it calls.
+
+    Raises ValueError when number is not a whole number of at least 1.
+
+    >>> from opoch_xp.backends.numpy import thread_count, threads
+    >>> with threads(1):
+    ...     thread_count()
+    1
+    """
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ValueError(f"number of threads must be a whole number of at least 1, got {number!r}")
     token = _chosen.set(number)

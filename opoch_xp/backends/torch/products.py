@@ -16,8 +16,9 @@ def precision(name: str) -> Iterator[None]:
     """Within: the treecode multiplies float32 CPU arrays in `name`, "float32" (the default) or "bfloat16".
 
     bfloat16 keeps 8 bits of every factor and of every product: logits err by up to 2**-8 of their size. It pays on CPUs
-    with bfloat16 products (AVX512-BF16, AMX), and costs time on others. Measure both: docs/pytorch.md. Hold it around
-    backward() as well, so that the gradient opens what the output opened. Raises ValueError for another name.
+    with bfloat16 products (AVX512-BF16, AMX), and costs time on others. Measure both: see the page on PyTorch in docs/.
+    Hold it around backward() as well, so that the gradient opens what the output opened. Raises ValueError for another
+    name.
 
     >>> from opoch_xp.backends.torch import precision
     >>> with precision("bfloat16"):
