@@ -19,11 +19,13 @@ def install(session: nox.Session, group: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format and types: ruff and mypy."""
+    """Style, format, types, spelling and metadata: ruff, mypy, typos, validate-pyproject."""
     session.install(*nox.project.dependency_groups(GROUPS, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    session.run("typos")
+    session.run("validate-pyproject", "pyproject.toml", env={"VALIDATE_PYPROJECT_NO_NETWORK": "1"})
 
 
 def files(*names: str) -> list[str]:
@@ -48,7 +50,7 @@ def backend(name: str, group: str, about: str, *runs: Run, default: bool = True)
             session.run("pytest", *arguments, *session.posargs, env=environment)
 
     run.__doc__ = about
-    nox.session(run, name=f"tests({name})", default=default)
+    nox.session(name=f"tests({name})", default=default)(run)
 
 
 GPU = "Without a GPU it is skipped, or fails where OPOCH_REQUIRE_GPU=1."
@@ -76,6 +78,13 @@ backend(
     "cupy", "test-cupy", f"The CuPy plugin, and every wrapper of PTX. {GPU}",
     (CUPY, {}), ([*CUPY, "tests/cuda/test_wrappers.py"], {}), default=False,
 )  # fmt: skip
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Lines and branches that the suite reaches through the NumPy plugin; compiled code and other libraries aside."""
+    session.install(*nox.project.dependency_groups(GROUPS, "coverage"), "-e", ".")
+    session.run("pytest", "--cov", "--cov-report", "term", *session.posargs)
 
 
 @nox.session

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-ORDER = ("speed", "pytorch", "cupy", "heads", "lsh", "index", "faiss", "needles", "crossover", "curve")
+ORDER = ("speed", "pytorch", "xla", "cupy", "heads", "lsh", "index", "faiss", "needles", "crossover", "curve")
 HEAD = """# Results
 
 Measured by the scripts in `benchmarks/` (see there how to run them) and written by `benchmarks/report.py`. *Error* is

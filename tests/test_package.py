@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONAL = (
     "opoch_xp.backends.compiled.",
     "opoch_xp.backends.cupy",
+    "opoch_xp.backends.jax",
     "opoch_xp.backends.numpy.compiled",
     "opoch_xp.backends.torch",
     "opoch_xp.integrations.transformers",
