@@ -54,9 +54,9 @@ def _names(arrays: dict[str, Array]) -> str:
 
 
 def _check_kind(**arrays: Array) -> None:
-    for name, array in arrays.items():  # of PyTorch
-        layout = "nested" if getattr(array, "is_nested", False) else str(getattr(array, "layout", "torch.strided"))
-        if layout != "torch.strided":
+    for name, array in arrays.items():  # of PyTorch; other libraries have layouts of other kinds
+        layout = "torch.nested" if getattr(array, "is_nested", False) else str(getattr(array, "layout", ""))
+        if layout.startswith("torch.") and layout != "torch.strided":
             raise TypeError(f"{name} must be a dense array, got one that is {layout.removeprefix('torch.')}")
     dtypes = {name: dtype_name(array) for name, array in arrays.items()}
     for name, dtype in dtypes.items():

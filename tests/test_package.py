@@ -3,8 +3,10 @@
 import doctest
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import entry_points, version
 from importlib.resources import files
 from pathlib import Path
@@ -79,3 +81,14 @@ def test_examples_in_docstrings(name):
 def test_the_continuous_integration_runs_what_the_readme_tells():
     *_, command = (ROOT / ".ci" / "run").read_text().splitlines()
     assert f"```console\n{command}\n```" in README
+
+
+def test_the_hooks_before_a_commit_are_those_of_the_session_lint():
+    hooks = set(re.findall(r'"([\w-]+==[\w.]+)"', (ROOT / ".pre-commit-config.yaml").read_text()))
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert len(hooks) == 4
+    assert hooks <= {name for name in groups["lint"] if isinstance(name, str)}
+
+
+def test_the_version_to_cite_is_that_of_the_package():
+    assert f"\nversion: {opoch_xp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
