@@ -32,17 +32,16 @@ class _Attention(Suite):
             at_most(EXACT_MOST, tokens)
         self.library = library(backend, tokens)
         q, k, v = (self.library.array(x) for x in workloads.make(workload, tokens))
-        arguments = {"causal": True, "method": METHODS[method], "backend": self.library.backend}
+        given = {"causal": True, "backend": self.library.backend}
 
         def attend(n: int = tokens) -> ox.Attention:
-            result = ox.attend(q[:, :n], k[:, :n], v[:, :n], check=False, **arguments)
+            result = ox.attend(q[:, :n], k[:, :n], v[:, :n], method=METHODS[method], check=False, **given)
             self.library.kernels.synchronize(result.out)
             return result
 
         attend(min(tokens, WARM))
         result, _, self.memory = timed(attend)
-        del arguments["method"]
-        audit = ox.audit(q, k, v, output=result, rows=ROWS, **arguments)
+        audit = ox.audit(q, k, v, output=result, rows=ROWS, **given)
         verify("error", audit.worst, most=BOUNDS[workload][method])
         self.attend, self.error, self.pairs = attend, float(audit.error[0]), result.report.pairs
 
@@ -79,7 +78,7 @@ class Length(_Figures):
 
 
 class Workload(_Figures):
-    """By workload at one length, from input with cells to be found to flat attention, where there is nothing to find."""
+    """By workload at one length, from input with cells to find to flat attention, where there is nothing to find."""
 
     params = (tuple(BOUNDS), tuple(METHODS))
     param_names = ("workload", "method")
@@ -98,7 +97,7 @@ class Growth(_Attention):
         self.measure(backend, method, GROWTH[-1], "scattered")
 
     def track_exponent(self, *params: Any) -> float:
-        times = [min(self.library.seconds(lambda: self.attend(n).out) for _ in range(3)) for n in GROWTH]  # noqa: B023
+        times = [min(self.library.seconds(lambda n=n: self.attend(n).out) for _ in range(3)) for n in GROWTH]
         return float(np.polyfit(np.log(GROWTH), np.log(times), 1)[0])
 
     def track_error(self, *params: Any) -> float:

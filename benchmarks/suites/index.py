@@ -1,4 +1,4 @@
-"""The index: building it, its candidates and its search, with the recall against an exact search of the same queries."""
+"""The index: its building, candidates and search, with the recall against an exact search for the same queries."""
 
 from typing import Any
 
