@@ -1,9 +1,11 @@
 """Keep a release's results among those that are committed: `keep.py MACHINE COMMIT`, after asv measured it.
 
-asv names a result file by the interpreter's path, which says where someone's files are: here it is the version instead.
+asv names results by the interpreter's path, which says where someone's files are. Here it is the version instead, of the
+interpreter that runs this: take the one that asv ran.
 """
 
 import json
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ def keep(machine: str, commit: str, folder: Path = FOLDER, kept: Path = KEPT) ->
     if source.parent.name != machine:
         raise ValueError(f"the newest results of {commit[:8]} are of machine {source.parent.name!r}, not {machine!r}")
     content = json.loads(source.read_text(encoding="utf-8"))
+    content["python"] = content["params"]["python"] = ".".join(platform.python_version_tuple()[:2])
     content["env_name"] = f"existing-py{content['python']}"
     target = kept / machine / f"{commit[:8]}-{content['env_name']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from opoch_xp.backends import kernels_for
 
 Array = Any
 
-FULL = os.environ.get("OPOCH_BENCH_FULL") == "1"  # the sizes of a release: an hour where the quick ones take minutes
+FULL = os.environ.get("OPOCH_BENCH_FULL") == "1"  # the sizes of a release, which take longer than one waits for
 SIZES = tuple(2**power for power in range(10, 21 if FULL else 15, 2))
 GENERIC_MOST = 2**14 if FULL else 2**12  # rows through the generic kernels, which are for reading more than for speed
 
@@ -82,7 +82,7 @@ class Suite:
     """Prepares once for all samples of a process; the preparation has warmed up what is timed."""
 
     number, warmup_time, rounds = 1, 0, 1
-    repeat = (3, 20, 2.0)  # at least 3 samples, and up to 20 within 2 seconds
+    repeat = (3, 20, 1.0)  # at least 3 samples, and up to 20 within a second
     _prepared: tuple[Any, ...] | None = None
 
     def setup(self, *params: Any) -> None:
