@@ -1,7 +1,7 @@
 """Keep a release's results among those that are committed: `keep.py MACHINE COMMIT`, after asv measured it.
 
-asv names results by the interpreter's path, which says where someone's files are. Here it is the version instead, of the
-interpreter that runs this: take the one that asv ran.
+asv names results by the interpreter's path, which says where someone's files are. Here it is the version instead, that
+of the interpreter which runs this: take the one that asv ran.
 """
 
 import json

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from figures import FOLDER, Figure, applies, figures, result_file
+from gate import ROUNDING
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
@@ -20,10 +21,10 @@ Line = list[tuple[int, float]]
 
 
 def lines(found: list[Figure], benchmark: str) -> dict[tuple[str, str], Line]:
-    """(tokens, figure) by backend and method, of the figures that there are."""
+    """(tokens, figure) by backend and method, of the figures that there are and are more than rounding."""
     drawn: dict[tuple[str, str], Line] = {}
     for figure in found:
-        if figure.benchmark == benchmark and figure.value is not None and applies(figure.value):
+        if figure.benchmark == benchmark and applies(figure.value) and figure.value > ROUNDING:
             backend, method, tokens = figure.parameters
             drawn.setdefault((backend, method), []).append((tokens, figure.value))
     return drawn
@@ -32,10 +33,9 @@ def lines(found: list[Figure], benchmark: str) -> dict[tuple[str, str], Line]:
 def guide(axes: Axes, line: Line, power: int) -> None:
     """A dotted line of that power of the length, through the end of a line."""
     (first, _), (last, value) = line[0], line[-1]
-    axes.plot([first, last], [value * (first / last) ** power, value], ":", color="#b4bcc2", zorder=0)
-    axes.annotate(
-        f"N{'²' if power == 2 else ''}", (first, value * (first / last) ** power), color="#8a939b", fontsize=9
-    )
+    start = value * (first / last) ** power
+    axes.plot([first, last], [start, value], ":", color="#b4bcc2", zorder=0)
+    axes.annotate("N²" if power == 2 else "N", (first, start), color="#8a939b", fontsize=9, va="top")
 
 
 def draw(found: list[Figure], path: Path) -> None:
@@ -48,7 +48,7 @@ def draw(found: list[Figure], path: Path) -> None:
     for (backend, method), line in times.items():
         style = {"color": COLOURS[method], "label": f"{method}, {backend}", "markersize": 5}
         left.plot(*zip(*line, strict=True), MARKS[backend], **style)
-        if method != "Exact":  # its error is rounding
+        if (backend, method) in errors:  # the exact method's is rounding
             right.plot(*zip(*errors[backend, method], strict=True), MARKS[backend], **style)
     longest = {method: max((line for (_, m), line in times.items() if m == method), key=len) for method in COLOURS}
     guide(left, longest["Exact"], 2)
