@@ -1,8 +1,11 @@
 """Checks of the project: `nox` runs them all, `nox -l` lists them, `nox -s "tests(numpy)"` runs one."""
 
 import os
+import platform
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -177,6 +180,77 @@ def doctests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
-    """The page of `opoch-xp report` and the site in headless Chromium, at desktop and phone widths; needs chromium."""
+    """Pages in headless Chromium, at desktop and phone widths: the report, the site, the benchmarks; needs chromium."""
     install(session, "test-browser")
+    install_page(session)
     session.run("pytest", "tests/browser", *session.posargs)
+
+
+def install_page(session: nox.Session) -> None:
+    """The libraries of asv's page, as data: they need none of what their packages depend on."""
+    session.install("--no-deps", *nox.project.dependency_groups(GROUPS, "asv-page"))
+
+
+RESULTS = Path("build/asv/results")
+KEPT = Path("benchmarks/results/asv")
+FAILED = 2  # asv's exit status when a benchmark failed
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """The benchmarks of this commit by asv, in some minutes, and a page of them in build/asv/html.
+
+    All sizes, an hour: OPOCH_BENCH_FULL=1. Arguments are those of `asv run`: `nox -s bench -- --bench hashing`.
+    """
+    commit = revision(session, "HEAD")
+    install(session, "asv")
+    install_page(session)
+    if KEPT.exists():
+        shutil.copytree(KEPT, RESULTS, dirs_exist_ok=True)  # releases are on the page too
+    measure(session, commit, *session.posargs)
+    session.run("asv", "publish")
+    session.run("python", "benchmarks/offline.py", "build/asv/html")
+    session.run("python", "benchmarks/scaling.py", commit, "build/asv/scaling.svg")
+
+
+@nox.session(default=False)
+def bench_compare(session: nox.Session) -> None:
+    """HEAD against another commit, `nox -s bench_compare -- REV`: fails where error, pairs or recall is a fifth worse.
+
+    Both are measured by the benchmarks of the working tree; times are shown and judged by nobody.
+    """
+    if not session.posargs:
+        session.error("name a commit: nox -s bench_compare -- REV")
+    commits = [revision(session, name) for name in (session.posargs[0], "HEAD")]
+    session.install(*nox.project.dependency_groups(GROUPS, "asv"))
+    for commit in commits:
+        with TemporaryDirectory() as folder:
+            session.run("git", "worktree", "add", "--detach", folder, commit, external=True, silent=True)
+            try:
+                session.install("--force-reinstall", "--no-deps", folder)
+            finally:
+                session.run("git", "worktree", "remove", "--force", folder, external=True)
+        measure(session, commit, *session.posargs[1:], success_codes=[0, FAILED])
+    session.run("asv", "compare", "--machine", "local", *commits)
+    session.run("python", "benchmarks/gate.py", *commits)
+
+
+def revision(session: nox.Session, name: str) -> str:
+    """The hash of a commit."""
+    return str(session.run("git", "rev-parse", "--verify", f"{name}^{{commit}}", external=True, silent=True)).strip()
+
+
+def measure(session: nox.Session, commit: str, *arguments: str, success_codes: list[int] | None = None) -> None:
+    """Run asv on what is installed, as the commit; `--machine NAME` among the arguments is what keeps the results."""
+    machine = dict(pairwise(arguments)).get("--machine", "local")
+    processor = "from opoch_xp.measure import machine; print(machine())"
+    cpu = str(session.run("python", "-c", processor, silent=True)).strip()
+    session.run(
+        "asv", "machine", "--machine", machine, "--os", platform.system(), "--arch", platform.machine(), "--cpu", cpu,
+        "--num_cpu", str(os.cpu_count()), "--ram", "", silent=True,
+    )  # fmt: skip
+    with TemporaryDirectory() as cache:  # Numba would take another commit's machine code for this one's
+        session.run(
+            "asv", "run", "--python=same", "--set-commit-hash", commit, "--machine", machine, *arguments,
+            env={"NUMBA_CACHE_DIR": cache}, success_codes=success_codes,
+        )  # fmt: skip
