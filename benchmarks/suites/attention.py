@@ -1,5 +1,6 @@
 """Attention: time, memory, error and pairs read, by length and by workload; and how time grows with length."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,14 @@ import opoch_xp as ox
 from opoch_xp import workloads
 from opoch_xp.measure import timed
 
-from .common import BACKENDS, SIZES, Suite, at_most, library, verify
+from .common import BACKENDS, FULL, SIZES, Suite, at_most, library, verify
 
 METHODS = {"Exact": ox.Exact(), "LSH": ox.LSH(), "Treecode": ox.Treecode()}
 EXACT_MOST = 2**16  # tokens; its time grows with their square
 WARM = 8192  # tokens of the call that loads libraries, compiles and starts threads
 ROWS = 256  # that are audited
-GROWTH = (2**13, 2**14, 2**15)  # tokens that the exponent is fitted to
+GROWTH = (2**13, 2**14, 2**15, 2**16) if FULL else (2**13, 2**14, 2**15)  # tokens that exponents are fitted to
+TOL = 0.05  # error at which growth is compared
 
 # Largest errors allowed, about twice what was measured: LSH drops the far field, which is everything in flat attention.
 BOUNDS = {
@@ -97,11 +99,43 @@ class Growth(_Attention):
         self.measure(backend, method, GROWTH[-1], "scattered")
 
     def track_exponent(self, *params: Any) -> float:
-        times = [min(self.library.seconds(lambda n=n: self.attend(n).out) for _ in range(3)) for n in GROWTH]
-        return float(np.polyfit(np.log(GROWTH), np.log(times), 1)[0])
+        return exponent([min(self.library.seconds(lambda n=n: self.attend(n).out) for _ in range(3)) for n in GROWTH])
 
     def track_error(self, *params: Any) -> float:
         return self.error
 
     track_exponent.unit = "power of tokens"
     track_error.unit = "relative error"
+
+
+class GrowthAtError(Suite):
+    """How time grows with length at a fixed error: the cheapest method that `tune` finds within TOL at each length."""
+
+    params = (BACKENDS,)
+    param_names = ("backend",)
+
+    def prepare(self, backend: str) -> None:
+        self.library, self.times = library(backend, GROWTH[-1]), []
+        arrays = [self.library.array(x) for x in workloads.make("scattered", GROWTH[-1])]
+        given = {"causal": True, "backend": self.library.backend}
+        for n in GROWTH:
+            some = [x[:, :n] for x in arrays]
+            method, audit = ox.tune(*some, tol=TOL, **given)
+            verify("error", audit.worst, most=TOL)
+            self.error = float(audit.error[0])
+            call = partial(ox.attention, *some, method=method, check=False, **given)
+            self.times.append(min(self.library.seconds(call) for _ in range(3)))
+
+    def track_exponent(self, *params: Any) -> float:
+        return exponent(self.times)
+
+    def track_error(self, *params: Any) -> float:
+        return self.error
+
+    track_exponent.unit = "power of tokens"
+    track_error.unit = "relative error"
+
+
+def exponent(seconds: list[float]) -> float:
+    """The power of the tokens that times at the lengths GROWTH follow, fitted."""
+    return float(np.polyfit(np.log(GROWTH), np.log(seconds), 1)[0])
