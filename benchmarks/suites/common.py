@@ -82,7 +82,7 @@ class Suite:
     """Prepares once for all samples of a process; the preparation has warmed up what is timed."""
 
     number, warmup_time, rounds = 1, 0, 1
-    repeat = (3, 20, 1.0)  # at least 3 samples, and up to 20 within a second
+    repeat = (2, 20, 1.0)  # at least 2 samples, and up to 20 within a second
     _prepared: tuple[Any, ...] | None = None
 
     def setup(self, *params: Any) -> None:

@@ -31,7 +31,9 @@ class Index(Suite):
         self.index = self.built()
         offsets, _ = self.candidates()
         self.per_query = int(offsets[-1]) / QUERIES
-        truth = to_host(self.index.search(self.q, K, exact=True).ids)
+        exact = ox.LSHIndex(DIM, bits=0, tables=1)
+        exact.add(x)
+        truth = exact.search(q, K, exact=True).ids
         found = to_host(self.search().ids)
         self.recall = float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(truth, found, strict=True)]))
         verify("recall", self.recall, least=LEAST_RECALL[kind], most=1.0)
