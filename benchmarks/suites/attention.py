@@ -12,6 +12,7 @@ from opoch_xp.measure import timed
 from .common import BACKENDS, FULL, SIZES, Suite, at_most, library, verify
 
 METHODS = {"Exact": ox.Exact(), "LSH": ox.LSH(), "Treecode": ox.Treecode()}
+KERNELS = {"Exact": "exact_attention", "LSH": "bucket_attention", "Treecode": "tree_attention"}
 MOST = {"Exact": 2**16, "LSH": 2**18, "Treecode": 2**20}  # tokens, so that no call takes much over a minute
 WARM = 8192  # tokens of the call that loads libraries, compiles and starts threads
 ROWS = 256  # that are audited
@@ -31,7 +32,7 @@ class _Attention(Suite):
 
     def measure(self, backend: str, method: str, tokens: int, workload: str) -> None:
         at_most(MOST[method], tokens)
-        self.library = library(backend, tokens)
+        self.library = library(backend, tokens, KERNELS[method])
         q, k, v = (self.library.array(x) for x in workloads.make(workload, tokens))
         given = {"causal": True, "backend": self.library.backend}
 
@@ -114,7 +115,7 @@ class GrowthAtError(Suite):
     param_names = ("backend",)
 
     def prepare(self, backend: str) -> None:
-        self.library, self.times = library(backend, GROWTH[-1]), []
+        self.library, self.times = library(backend, GROWTH[-1], "tree_attention"), []
         arrays = [self.library.array(x) for x in workloads.make("scattered", GROWTH[-1])]
         given = {"causal": True, "backend": self.library.backend}
         for n in GROWTH:

@@ -21,7 +21,7 @@ class Dispatch(Suite):
     repeat = (50, 500, 2.0)
 
     def prepare(self, backend: str) -> None:
-        self.library = library(backend, TOKENS)
+        self.library = library(backend, TOKENS, "exact_attention")
         host = np.random.default_rng(0).standard_normal((3, TOKENS, DIM), np.float32)
         self.q, self.k, self.v = (self.library.array(x) for x in host)
         self.method = ox.Exact()

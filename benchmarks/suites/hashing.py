@@ -21,7 +21,7 @@ class Codes(Suite):
     param_names = ("backend", "rows")
 
     def prepare(self, backend: str, rows: int) -> None:
-        self.library = library(backend, rows)
+        self.library = library(backend, rows, "hash_codes")
         host = np.random.default_rng(0).standard_normal((rows, DIM), np.float32)
         self.x, self.planes = self.library.array(host), ox.random_hyperplanes(DIM, BITS, TABLES)
         sample = host[:SAMPLE].astype(np.float64)

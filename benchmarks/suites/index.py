@@ -25,7 +25,7 @@ class Index(Suite):
     param_names = ("backend", "kind", "vectors")
 
     def prepare(self, backend: str, kind: str, rows: int) -> None:
-        self.library = library(backend, rows)
+        self.library = library(backend, rows, "search_buckets")
         x, q, _ = vectors.make(kind, rows, QUERIES, DIM)
         self.x, self.q = self.library.array(x), self.library.array(q)
         self.index = self.built()
