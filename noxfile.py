@@ -174,7 +174,7 @@ def docs(session: nox.Session) -> None:
 def doctests(session: nox.Session) -> None:
     """Every example: of the docstrings, of the README and of the pages in docs/."""
     install(session, "doctests")
-    arguments = ["--doctest-modules", "opoch_xp", "tests/test_examples.py", *session.posargs]
+    arguments = ["--doctest-modules", "--pyargs", "opoch_xp", "tests/test_examples.py", *session.posargs]
     session.run("pytest", *arguments, env={"OPOCH_EXAMPLES": "all"})
 
 
