@@ -60,10 +60,14 @@ class Backend:
 
     def array(self, array: Any) -> Any:
         """A copy of a host array in the backend's library, on the device asked for."""
-        made = self.library.array(array)
+        made = self.writable(array)
         if self.option == "readonly":
             made.flags.writeable = False
         return made
+
+    def writable(self, array: Any) -> Any:
+        """The same, for those who may write it: what is given up, and the test itself."""
+        return self.library.array(array)
 
     def numpy(self, array: Any) -> np.ndarray:
         """A host copy of one of the backend's arrays."""

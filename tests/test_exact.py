@@ -81,7 +81,7 @@ def test_halves_merged_by_lse_equal_the_whole(backend: Backend, start: int) -> N
 
 
 def test_merging_two_parts_that_saw_nothing(backend: Backend) -> None:
-    out, lse = (backend.array(a) for a in (np.zeros((1, 1, 4, 2)), np.full((1, 1, 4), -np.inf)))
+    out, lse = (backend.writable(a) for a in (np.zeros((1, 1, 4, 2)), np.full((1, 1, 4), -np.inf)))
     part, part_lse = (backend.array(a) for a in (np.zeros((1, 1, 2, 2)), np.full((1, 1, 2), -np.inf)))
     merged = backend.kernels.merge_part(out, lse, part, part_lse, 1)
     assert_close(backend.numpy(merged[0]), np.zeros((1, 1, 4, 2)), 0.0)

@@ -407,7 +407,7 @@ def test_the_index_keeps_copies(backend: Backend) -> None:
     for metric in METRICS:
         x, ids = normal(0, 40, 5), np.arange(40)
         index = ox.LSHIndex(5, bits=3, tables=4, metric=metric, backend=backend.name)
-        given_x = backend.array(x)
+        given_x = backend.writable(x)
         returned = index.add(given_x, ids)
         for array in (given_x, returned):
             array[...] = 0

@@ -11,7 +11,7 @@ from opoch_xp.backends import generic
 from opoch_xp.backends.generic.exact import ELEMENTS, KEYS, ROWS, absorb, finished, nothing_seen
 from opoch_xp.backends.jax.loops import compiled, in_blocks
 
-Array = jax.Array
+Array = Any
 
 merge_part = compiled("start")(generic.merge_part)
 

@@ -7,7 +7,7 @@ import jax
 from opoch_xp.backends import generic
 
 
-def hash_codes(x: jax.Array, planes: Any) -> jax.Array:
+def hash_codes(x: Any, planes: Any) -> Any:
     """See opoch_xp.backends.generic.hashing.hash_codes. RuntimeError where JAX's 64-bit numbers are off."""
     if not jax.config.read("jax_enable_x64"):
         raise RuntimeError(

@@ -11,7 +11,7 @@ from opoch_xp.backends.jax.loops import compiled, in_blocks, largest
 from opoch_xp.methods import Treecode
 from opoch_xp.tree import Lists, Tree
 
-Array = jax.Array
+Array = Any
 
 jax.tree_util.register_dataclass(Tree, ("cells", "order", "summaries", "counts", "kept"), ("sizes", "dim"))
 jax.tree_util.register_dataclass(Lists, ("opened", "own"), ())
