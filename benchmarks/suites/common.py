@@ -52,9 +52,9 @@ class Library:
 
 
 def library(name: str, rows: int, kernel: str) -> Library:
-    """The backend of that name; n/a where the library or its device is missing, or for more rows than it is meant for.
+    """The backend of that name; n/a where the library or its device is missing, or its plugin lacks the kernel.
 
-    Where the kernel that is to be measured is the generic one, these are GENERIC_MOST.
+    The generic kernels are a backend of their own, of at most GENERIC_MOST rows.
     """
     try:
         xp = import_module(NAMESPACES[name])
@@ -63,7 +63,9 @@ def library(name: str, rows: int, kernel: str) -> Library:
         raise NotImplementedError(f"{name} is not here: {missing}") from missing
     backend = "generic" if name == "generic" else None
     kernels = kernels_for(xp, backend)
-    if kernels.name == "generic" or kernel not in kernels.native:
+    if kernel not in kernels.native:
+        raise NotImplementedError(f"{name} has no {kernel} of its own")
+    if kernels.name == "generic":
         at_most(GENERIC_MOST, rows)
     return Library(xp, backend, kernels)
 
