@@ -2,7 +2,7 @@
 
 Exact attention and the treecode are static: `jax.jit`, `jax.grad` and `jax.vmap` pass through them. A kernel is
 compiled once for each shape it meets, whether the call around it is compiled or not. Gradients compute each block anew,
-so memory stays O(n). Shared buckets and the index depend on the numbers: they do not run under `jax.jit`.
+so no matrix is kept. Shared buckets and the index depend on the numbers: they do not run under `jax.jit`.
 """
 
 from opoch_xp.backends.generic import synchronize
