@@ -12,7 +12,7 @@ import pytest
 if shutil.which("g++") is None:
     pytest.skip("the emulation is compiled by g++, which is not installed", allow_module_level=True)
 
-from emulator import build, call
+from emulator import RACES, build, call
 
 SOURCE = """
 #include <ptx.cuh>
@@ -129,7 +129,7 @@ def test_threads_of_the_system_under_thread_sanitizer(barrier: str) -> None:
     library = found.stdout.strip()
     if not Path(library).is_absolute():
         pytest.skip("g++ has no libtsan")
-    script = f"import test_emulation as t; t.run('reverse', 64, False, *t.RACES, BARRIER={barrier!r})"
+    script = f"import test_emulation as t; t.run('reverse', 64, False, *{RACES!r}, BARRIER={barrier!r})"
     environment = {**os.environ, "LD_PRELOAD": library, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(
