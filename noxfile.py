@@ -38,7 +38,7 @@ def files(*names: str) -> list[str]:
 # What compiled kernels compute, and what stands in for them where Numba is not installed.
 TREES = files("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
 # What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite.
-JAX = files("audit", "exact", "hashing", "jax", "treecode")
+JAX = files("exact", "hashing", "jax", "treecode")
 PLAIN = {"OPOCH_COMPILED": "0"}
 
 Run = tuple[list[str], dict[str, str]]  # arguments of pytest, environment
