@@ -37,7 +37,8 @@ def files(*names: str) -> list[str]:
 
 # What compiled kernels compute, and what stands in for them where Numba is not installed.
 TREES = files("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
-# What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite.
+# What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite,
+# and a process for each file: XLA's compiler dies after some thousands of programs in one.
 JAX = files("exact", "hashing", "jax", "treecode")
 PLAIN = {"OPOCH_COMPILED": "0"}
 
@@ -68,7 +69,10 @@ backend(
     "torch", "test-torch", "The PyTorch plugin on a CPU, compiled, and plain where that differs.",
     (TORCH, {}), ([*TORCH, *TREES], PLAIN),
 )  # fmt: skip
-backend("jax", "test-jax", "The JAX plugin: jit, grad, vmap; slow.", (["--backend", "jax", *JAX], {}), default=False)
+backend(
+    "jax", "test-jax", "The JAX plugin: jit, grad, vmap; slow.",
+    *((["--backend", "jax", file], {}) for file in JAX), default=False,
+)  # fmt: skip
 backend(
     "minimum", "test-minimum", "The oldest versions that the metadata admits, compiled and plain.",
     ([], {}), (TREES, PLAIN), default=False,
