@@ -1,5 +1,6 @@
 """The benchmarks themselves: what is missing or too long is n/a, what is wrong is not timed, and the smallest run."""
 
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -22,7 +23,7 @@ def test_the_smallest_sizes_run(suite, backend):
 
 
 def test_a_missing_library_is_not_applicable(monkeypatch):
-    monkeypatch.setitem(common.NAMESPACES, "cupy", "no_such_library")
+    monkeypatch.setattr(common, "namespace", lambda name: import_module("no_such_library"))
     with pytest.raises(NotImplementedError, match="cupy is not here: No module named 'no_such_library'"):
         attention.Length().setup("cupy", "Exact", 1024)
 

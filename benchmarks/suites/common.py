@@ -7,13 +7,12 @@ track_* of one class have the same parameters and input. What raises NotImplemen
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from opoch_xp.backends import kernels_for
+from opoch_xp.backends import kernels_for, namespace
 
 Array = Any
 
@@ -23,14 +22,7 @@ GENERIC_MOST = 2**14 if FULL else 2**12  # rows through the generic kernels, whi
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # for codes; what is measured is float32 all the same
 
-NAMESPACES = {
-    "numpy": "array_api_compat.numpy",
-    "torch": "array_api_compat.torch",
-    "jax": "jax.numpy",
-    "cupy": "array_api_compat.cupy",
-    "generic": "array_api_compat.numpy",
-}
-BACKENDS = tuple(NAMESPACES)
+BACKENDS = ("numpy", "torch", "jax", "cupy", "generic")
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ def library(name: str, rows: int, kernel: str) -> Library:
     The generic kernels are a backend of their own, of at most GENERIC_MOST rows.
     """
     try:
-        xp = import_module(NAMESPACES[name])
+        xp = namespace("numpy" if name == "generic" else name)
         xp.zeros(1)
     except Exception as missing:  # a library may fail in any way where its device is not there
         raise NotImplementedError(f"{name} is not here: {missing}") from missing

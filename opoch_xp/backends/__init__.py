@@ -60,6 +60,25 @@ def library(xp: Any) -> str:
     return parts[1] if parts[0] == "array_api_compat" and len(parts) > 1 else parts[0]
 
 
+def namespace(name: str) -> Any:
+    """The namespace of an array library: array_api_compat's, or the module `name`, or `name.numpy`.
+
+    Raises ImportError where there is none.
+    """
+    for path in (f"array_api_compat.{name}", name, f"{name}.numpy"):
+        try:
+            xp = import_module(path)
+        except ModuleNotFoundError as missing:
+            if f"{path}.".startswith(f"{missing.name}.") or missing.name == name.partition(".")[0]:
+                continue
+            raise  # the library is there and lacks something of its own
+        if hasattr(xp, "asarray"):
+            return xp
+    raise ImportError(
+        f"there is no array library {name!r} here: neither array_api_compat.{name} nor {name} has asarray"
+    )
+
+
 @cache
 def _found() -> dict[str, tuple[EntryPoint, ...]]:
     found: dict[str, tuple[EntryPoint, ...]] = {}

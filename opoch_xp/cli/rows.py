@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from array_api_compat import array_namespace
 from opoch_xp.arguments import prepare
 from opoch_xp.attention import Attention, attend
 from opoch_xp.audit import audit, exact_rows
-from opoch_xp.backends import installed, kernels_for
+from opoch_xp.backends import installed, kernels_for, namespace
 from opoch_xp.cli.tables import method_name
 from opoch_xp.cost import visible_pairs
 from opoch_xp.measure import cores, timed
@@ -25,7 +24,7 @@ BLOCK_ROWS = 512  # each of so many rows in a row, as the kernels take them: 4,0
 BLOCK_PAIRS = 300_000_000  # and fewer where a block has more pairs than this
 WARM_ROWS = 6000  # of a call before the clock starts, so that start-up and compiling are not counted: two blocks
 # the library whose arrays a backend takes, where that is not its own name; a plugin's name is its library's
-LIBRARIES = {"generic": "numpy", "numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "cupy": "cupy"}
+LIBRARIES = {"generic": "numpy", "strict": "array_api_strict"}
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def arrays_of(backend: str, *arrays: np.ndarray) -> tuple[Array, ...]:
         raise ValueError(f"--backend must be one of {', '.join(names)}; got {backend!r}")
     library = LIBRARIES.get(backend, backend)
     try:
-        xp = import_module(library)
-    except ModuleNotFoundError:
+        xp = namespace(library)
+    except ImportError:
         raise ValueError(f"--backend {backend} needs {library}, which is not installed") from None
     return tuple(xp.asarray(array) for array in arrays)
 

@@ -3,7 +3,8 @@
 What it compares with and by, of use in a plugin's own tests, is public too.
 """
 
-from opoch_xp.testing.arrays import Library, namespace
+from opoch_xp.backends import namespace
+from opoch_xp.testing.arrays import Library
 from opoch_xp.testing.check import check_backend
 from opoch_xp.testing.compare import DECISIONS_GIVEN, assert_close, budget, difference, relative_error, rounding
 from opoch_xp.testing.inputs import MANY, clustered, qkv, whole

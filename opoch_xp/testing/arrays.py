@@ -1,7 +1,6 @@
 """Arrays of one library, made of NumPy's and brought back."""
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,25 +9,6 @@ from array_api_compat import array_namespace
 from opoch_xp.arguments import dtype_name, to_host
 
 Array = Any
-
-
-def namespace(name: str) -> Any:
-    """The namespace of an array library: array_api_compat's, or the module `name`, or `name.numpy`.
-
-    Raises ImportError where there is none.
-    """
-    for path in (f"array_api_compat.{name}", name, f"{name}.numpy"):
-        try:
-            xp = import_module(path)
-        except ModuleNotFoundError as missing:
-            if f"{path}.".startswith(f"{missing.name}.") or missing.name == name.partition(".")[0]:
-                continue
-            raise  # the library is there and lacks something of its own
-        if hasattr(xp, "asarray"):
-            return xp
-    raise ImportError(
-        f"there is no array library {name!r} here: neither array_api_compat.{name} nor {name} has asarray"
-    )
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from opoch_xp.backends import generic
+from opoch_xp.backends import generic, namespace
 from opoch_xp.buckets import Tables
-from opoch_xp.testing.arrays import Library, namespace
+from opoch_xp.testing.arrays import Library
 from opoch_xp.testing.compare import difference
 from opoch_xp.tree import Lists, Tree
 

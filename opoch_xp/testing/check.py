@@ -8,9 +8,9 @@ from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
 from opoch_xp.arguments import DTYPES
-from opoch_xp.backends import kernels_for, listed
+from opoch_xp.backends import kernels_for, listed, namespace
 from opoch_xp.backends import library as library_of
-from opoch_xp.testing.arrays import Library, namespace
+from opoch_xp.testing.arrays import Library
 from opoch_xp.testing.case import Case, checks
 from opoch_xp.testing.cases import cases_of
 from opoch_xp.testing.plugin import NARROW, NARROW_KERNELS, plugin_checks

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.arguments import prepare
+from opoch_xp.backends import namespace
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.solve import solve
-from opoch_xp.testing.arrays import Library, namespace
+from opoch_xp.testing.arrays import Library
 from opoch_xp.testing.compare import budget, relative_error
 from opoch_xp.testing.inputs import clustered
 from opoch_xp.testing.report import Check
