@@ -14,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import opoch_xp as ox  # noqa: E402
 from opoch_xp.backends import kernels_for  # noqa: E402
+from opoch_xp.cli.rows import arrays_of  # noqa: E402
 from opoch_xp.testing import assert_close, check_backend, relative_error, rounding  # noqa: E402
 
 SMALL = ox.Treecode(block=16, leaf=4, fan=4, branch=2, top=2, group=8, open=3, near=2, own=2)
@@ -113,6 +114,11 @@ def test_what_must_look_at_numbers_is_refused() -> None:
 
 def test_the_contract() -> None:
     assert "jax" in str(check_backend("jax"))
+
+
+def test_the_command_line_finds_jax_s_arrays() -> None:
+    (array,) = arrays_of("jax", np.ones((2, 3)))
+    assert isinstance(array, jax.Array)
 
 
 def test_codes_need_64_bits() -> None:
