@@ -14,7 +14,7 @@ from array_api_compat import device
 
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem, Solution
-from opoch_xp.tree import rows_read, splits
+from opoch_xp.tree import Tree, rows_read, splits
 
 Array = Any
 Part = tuple[int, tuple[Array, Array]]  # first row, (out, lse)
@@ -169,15 +169,20 @@ def local_blocks(n_q: int, n_k: int, method: Treecode) -> Iterator[Blocks]:
 
 def _tier_parts(problem: Problem, method: Treecode, tier: Tier) -> Iterator[Part]:
     """Parts of one tier: the queries of each piece against the trees of the chunks they may see."""
-    xp, batch, repeat = problem.xp, problem.q.shape[0], problem.q.shape[1]
     k, v, mask = tier_keys(problem, tier)
-    tree = problem.kernels.build_tree(k, v, key_axes(tier, method, k.shape[-1]), method, mask=mask)
-    for runs in tier_runs(problem, method, tier):
-        out, lse = problem.kernels.tree_attention(
-            runs.of_queries(xp, problem.q), tree, runs.first, runs.count, runs.axes, method, scale=problem.scale
-        )
-        shape = (batch, repeat, runs.rows.stop - runs.rows.start)
-        yield runs.rows.start, (xp.reshape(out, (*shape, out.shape[-1])), xp.reshape(lse, shape))
+    tree = problem.kernels.build_tree(k, v, key_axes(tier.number, tier.size, method, k.shape[-1]), method, mask=mask)
+    for runs in tier_runs(problem.q.shape, problem.n_k, method, tier, first_chunks(len(problem.q), tier)):
+        yield attend_tier(problem, method, tree, runs)
+
+
+def attend_tier(problem: Problem, method: Treecode, tree: Tree, runs: "Runs") -> Part:
+    """The part of some queries against the chunks of `tree` that they may see."""
+    xp, (batch, repeat) = problem.xp, problem.q.shape[:2]
+    out, lse = problem.kernels.tree_attention(
+        runs.of_queries(xp, problem.q), tree, runs.first, runs.count, runs.axes, method, scale=problem.scale
+    )
+    shape = (batch, repeat, runs.rows.stop - runs.rows.start)
+    return runs.rows.start, (xp.reshape(out, (*shape, out.shape[-1])), xp.reshape(lse, shape))
 
 
 def tier_keys(problem: Problem, tier: Tier) -> tuple[Array, Array, Array | None]:
@@ -188,9 +193,14 @@ def tier_keys(problem: Problem, tier: Tier) -> tuple[Array, Array, Array | None]
     return k, v, None if mask is None else problem.xp.reshape(mask[:, keys], shape)
 
 
-def key_axes(tier: Tier, method: Treecode, dim: int) -> np.ndarray:
-    """Where the power iterations start that split the keys of a tier."""
-    return directions(method.seed, tier.number, KEYS, splits(tier.size, method.leaf), dim)
+def key_axes(tier: int, size: int, method: Treecode, dim: int) -> np.ndarray:
+    """Where the power iterations start that split the keys of a tier, by its number and the keys of its chunks."""
+    return directions(method.seed, tier, KEYS, splits(size, method.leaf), dim)
+
+
+def first_chunks(batch: int, tier: Tier) -> np.ndarray:
+    """Where chunk 0 of the tier would stand for each key head, in a tree of the chunks [low, high) of all heads."""
+    return np.arange(batch) * (tier.high - tier.low) - tier.low
 
 
 @dataclass(frozen=True)
@@ -209,14 +219,21 @@ class Runs:
         return xp.reshape(x[:, :, self.rows, ...], (self.tasks, -1, *x.shape[3:]))
 
 
-def tier_runs(problem: Problem, method: Treecode, tier: Tier) -> Iterator[Runs]:
-    """The queries of each piece of a tier, and the chunks they may see."""
-    batch, repeat, n_q, dim = problem.q.shape
-    shift, built = n_q - problem.n_k, tier.high - tier.low
-    offset = np.arange(batch).repeat(repeat)[:, None] * built - tier.low  # of each query head's first chunk
+def tier_runs(
+    queries: tuple[int, ...], n_k: int, method: Treecode, tier: Tier, chunk: np.ndarray, together: bool = False
+) -> Iterator[Runs]:
+    """The queries (batch, repeat, n_q, d) of each piece of a tier, and the chunks they may see.
+
+    chunk (batch,): where chunk 0 of the tier would stand for each key head in the tree that is read. together: the
+    query heads of a key head are one task where all their queries make one group.
+    """
+    batch, repeat, n_q, dim = queries
+    shift = n_q - n_k
     for piece in tier.pieces:
+        one = together and piece.chunks == 1 and repeat * piece.rows <= method.group
+        heads, size = (1, repeat * piece.rows) if one else (repeat, piece.rows)
         place = np.arange(piece.chunk, piece.chunk + piece.chunks)
-        first = (offset + place // method.fan * method.fan).reshape(-1)
-        axes = directions(method.seed, tier.number, QUERIES, splits(piece.rows, method.group), dim)
+        first = (chunk.repeat(heads)[:, None] + place // method.fan * method.fan).reshape(-1)
+        axes = directions(method.seed, tier.number, QUERIES, splits(size, method.group), dim)
         rows = slice(piece.start + shift, piece.stop + shift)
-        yield Runs(rows, len(first), first, np.tile(place % method.fan, batch * repeat), axes)
+        yield Runs(rows, len(first), first, np.tile(place % method.fan, batch * heads), axes)

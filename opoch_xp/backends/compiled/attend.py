@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opoch_xp.backends.compiled.vector import ROWS, VECTOR, compiled, dots, exponential, mix
+from opoch_xp.backends.compiled.vector import ROWS, VECTOR, array_at, compiled, dots, exponential, mix
 
 Array = Any
 
@@ -278,21 +278,21 @@ def most_rows(chunks: Array, nodes: Array, widths: Array, leaf: int) -> tuple[in
 @compiled
 def attend_groups(
     queries: Array, finite: Array, index: Array, held: Array, first: Array, chunks: Array, low: int, high: int,
-    rows: Array, counts: Array, offsets: Array, nodes: Array, logs: Array, cells: Array, kept: Array, leaf: int,
+    levels: Array, counts: Array, chunks_held: int, nodes: Array, logs: Array, cells: Array, kept: Array, leaf: int,
     dim: int, widths: Array, own: int, scale: Any, given: bool, opened: Array, own_list: Array, out: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Groups from low to high: queries (N, d), of which group f holds index[f, : held[f]], against chunks[f] chunks
     from first[f] on.
 
-    Levels are numbered from the coarsest: offsets[l], the row of `rows` (nodes of all, 2 d + e) where level l begins,
-    nodes[l] of them a chunk, logs[l] the logarithm of their keys, widths[l] how many are opened. counts (all nodes,),
-    finite (N,), kept (keys,): empty where all count. cells (keys, d + e). opened (groups, sum of widths) and own_list
-    (groups, g, own): the lists, numbered from the run's first chunk, -1 where there is none; read if `given`, else
-    written. Writes out (N, e) and lse (N,).
+    Levels are numbered from the coarsest: levels[l], the address of the summaries of level l (chunks_held * nodes[l],
+    2 d + e), nodes[l] of them a chunk, logs[l] the logarithm of their keys, widths[l] how many are opened. counts (all
+    nodes, the coarsest level's first), finite (N,), kept (keys,): empty where all count. cells (keys, d + e). opened
+    (groups, sum of widths) and own_list (groups, g, own): the lists, numbered from the run's first chunk, -1 where
+    there is none; read if `given`, else written. Writes out (N, e) and lse (N,).
     """
-    kind, e, levels, most, last = queries.dtype, cells.shape[1] - dim, nodes.size, index.shape[1], nodes.size - 1
+    kind, e, depth, most, last = queries.dtype, cells.shape[1] - dim, nodes.size, index.shape[1], nodes.size - 1
     vector = VECTOR // queries.itemsize
-    g = -(-most // vector) * vector
+    g, width = -(-most // vector) * vector, dim + cells.shape[1]
     largest, widest = most_rows(chunks[low:high], nodes, widths, leaf)
     mass, half, weight = np.empty((largest, g), kind), np.empty((widest + ROWS, g), kind), np.empty((widest, g), kind)
     node, number = np.empty(largest, np.int64), np.empty(largest, np.int64)
@@ -301,21 +301,24 @@ def attend_groups(
     votes, norm, top, factor = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
     best, least, mine = np.empty((most, own), np.int64), np.empty((most, own), kind), np.empty((most, own * leaf), kind)
     total, sums = np.empty(g, kind), np.empty((e, g), kind)
-    begins, ends = np.empty(levels + 1, np.int64), np.empty(levels + 1, np.int64)
+    begins, ends = np.empty(depth + 1, np.int64), np.empty(depth + 1, np.int64)
     for f in range(low, high):
         count, cell = held[f], best[: held[f]]
         load_group(queries, finite, index[f, :count], scale, turned, squares, lined, votes)
         norm[:] = -np.inf
         # steps 1 and 2: from the coarsest level down
-        start, candidates, spot = 0, chunks[f] * nodes[0], 0
+        start, candidates, spot, counted = 0, chunks[f] * nodes[0], 0, 0
         for i in range(candidates):
             number[i] = i
-        for level in range(levels):
+        for level in range(depth):
             stop = start + candidates
             begins[level], ends[level] = start, stop
             for i in range(start, stop):
-                node[i] = offsets[level] + first[f] * nodes[level] + number[i]
-            log_masses(rows, node, start, candidates, counts, logs[level], dim, turned, squares, mass, half)
+                node[i] = first[f] * nodes[level] + number[i]
+            every = chunks_held * nodes[level]
+            rows, held_keys = array_at(levels[level], every, width, cells), counts[counted : counted + every]
+            counted += every
+            log_masses(rows, node, start, candidates, held_keys, logs[level], dim, turned, squares, mass, half)
             some, chosen = number[start:stop], picked[start:stop]
             listed = opened[f, spot : spot + widths[level]]
             if given:
@@ -340,7 +343,7 @@ def attend_groups(
         # step 3: keys of the near cells, logits after those of the nodes
         base = first[f] * nodes[last]
         near = near_keys(number[bottom:stop], picked[bottom:stop], base, leaf, node[start:])
-        begins[levels], ends[levels] = start, start + near
+        begins[depth], ends[depth] = start, start + near
         dots(cells, node, start, start + -(-near // ROWS) * ROWS, 0, dim, turned, mass)
         for i in range(start, start + near):
             picked[i] = False
@@ -357,7 +360,7 @@ def attend_groups(
         own_logits(cells, kept, dim, leaf, cell, lined, mine)
         # step 5
         top[:] = -np.inf
-        for level in range(levels + 1):
+        for level in range(depth + 1):
             for i in range(begins[level], ends[level]):
                 if not picked[i]:
                     row = mass[i]
@@ -371,10 +374,11 @@ def attend_groups(
                 top[j] = 0
         total[:] = 0
         sums[:] = 0
-        for level in range(levels + 1):
+        for level in range(depth + 1):
             start, stop = begins[level], ends[level]
             live = start + weigh(mass[start:stop], picked[start:stop], node[start:stop], top, total)
-            if level < levels:
+            if level < depth:
+                rows = array_at(levels[level], chunks_held * nodes[level], width, cells)
                 mix(rows, node, start, live, 2 * dim, e, mass[start:live], sums)
             else:
                 mix(cells, node, start, live, dim, e, mass[start:live], sums)

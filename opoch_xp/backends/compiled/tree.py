@@ -176,10 +176,9 @@ def _attend(
     index = (groups.reshape(tasks, total, size) + np.arange(0, tasks * n, n)[:, None, None]).reshape(-1, size)
     held = np.tile(np.minimum(size, n - np.arange(total) * size), tasks)  # padding comes last
     first, count = (np.repeat(np.asarray(x, np.int64), total) for x in (first, count))
-    levels, coarse = len(tree.summaries), tree.summaries[::-1]
+    levels, coarse = len(tree.summaries), [plain(a) for a in tree.summaries[::-1]]
     nodes = np.array([a.shape[1] for a in coarse])
-    offsets = np.cumsum([0, *(a.shape[0] * a.shape[1] for a in coarse)])[:-1]
-    rows = np.concatenate([a.reshape(-1, a.shape[2]) for a in coarse])
+    addresses = np.array([a.ctypes.data for a in coarse])  # nothing is copied: a cache may hold more than is read
     none = NONE.astype(kind)
     counts = none if tree.counts is None else np.concatenate([a.reshape(-1) for a in tree.counts[::-1]])
     logs = np.array([log(number) for number in tree.sizes[::-1]], kind)
@@ -207,9 +206,9 @@ def _attend(
 
     def work(low: int) -> None:
         attend_groups(
-            flat, alive, index, held, first, count, low, min(low + step, len(index)), rows, counts, offsets, nodes,
-            logs, cells, kept, tree.leaf, dim, np.array(widths), own, kind.type(scale), lists is not None, chosen,
-            chosen_own, out, lse,
+            flat, alive, index, held, first, count, low, min(low + step, len(index)), addresses, counts,
+            len(tree.cells), nodes, logs, cells, kept, tree.leaf, dim, np.array(widths), own, kind.type(scale),
+            lists is not None, chosen, chosen_own, out, lse,
         )  # fmt: skip
 
     share(work, range(0, len(index), step), workers)

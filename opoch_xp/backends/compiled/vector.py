@@ -17,7 +17,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -55,6 +55,23 @@ def _as_float(typing: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
     return types.float32(types.int32), generate
+
+
+@emitted
+def _pointer(typing: Any, address: Any, like: Any) -> Any:
+    """A memory address as a pointer to numbers of the dtype of `like`, an array."""
+    kind = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+    return kind(types.intp, like), generate
+
+
+@compiled
+def array_at(address: int, rows: int, width: int, like: Array) -> Array:
+    """The C-contiguous array (rows, width) that lies at an address, of the dtype of `like`. Nothing keeps it alive."""
+    return carray(_pointer(address, like), (rows, width))
 
 
 def exponential(x: Any) -> Any:

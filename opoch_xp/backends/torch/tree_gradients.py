@@ -22,7 +22,7 @@ from opoch_xp.backends.torch.kernels import build_tree, chosen_lists, query_grou
 from opoch_xp.backends.torch.scratch import weights_of
 from opoch_xp.backends.torch.split import finite_rows
 from opoch_xp.backends.torch.tree import CACHED, Batch, Groups, Level, batches, rows_of, shares
-from opoch_xp.forest import key_axes, local_blocks, tier_keys, tier_runs, tiers
+from opoch_xp.forest import first_chunks, key_axes, local_blocks, tier_keys, tier_runs, tiers
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem
 from opoch_xp.tree import Lists, Tree
@@ -44,9 +44,9 @@ def forest_backward(problem: Problem, method: Treecode, lse: Tensor, dout: Tenso
     xp = problem.xp
     for tier in tiers(problem.n_q, problem.n_k, problem.causal, method):
         k, v, mask = tier_keys(problem, tier)
-        tree = build_tree(k, v, key_axes(tier, method, k.shape[-1]), method, mask=mask)
+        tree = build_tree(k, v, key_axes(tier.number, tier.size, method, k.shape[-1]), method, mask=mask)
         gradients = TreeGradients(tree)
-        for runs in tier_runs(problem, method, tier):
+        for runs in tier_runs(problem.q.shape, problem.n_k, method, tier, first_chunks(len(problem.q), tier)):
             queries = runs.of_queries(xp, problem.q)
             parts = (runs.of_queries(xp, x) for x in whole)
             found = gradients.add(queries, runs.first, runs.count, runs.axes, method, problem.scale, *parts)
