@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from opoch_xp.attention import ApproximationWarning, Attention, Report, attend, attention
     from opoch_xp.audit import Audit, audit
     from opoch_xp.backends import installed as backends
+    from opoch_xp.cache import KVCache
     from opoch_xp.explain import explain
     from opoch_xp.hashing import hash_codes, random_hyperplanes
     from opoch_xp.index import LSHIndex
@@ -23,6 +24,7 @@ __all__ = [
     "Attention",
     "Audit",
     "Exact",
+    "KVCache",
     "LSHIndex",
     "Report",
     "Treecode",
@@ -46,6 +48,7 @@ _HOME = {
     "Audit": "audit",
     "audit": "audit",
     "explain": "explain",
+    "KVCache": "cache",
     "hash_codes": "hashing",
     "random_hyperplanes": "hashing",
     "LSH": "methods",

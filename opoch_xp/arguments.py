@@ -53,7 +53,7 @@ def _names(arrays: dict[str, Array]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _check_kind(**arrays: Array) -> None:
+def check_kind(**arrays: Array) -> None:
     for name, array in arrays.items():  # of PyTorch; other libraries have layouts of other kinds
         layout = "torch.nested" if getattr(array, "is_nested", False) else str(getattr(array, "layout", ""))
         if layout.startswith("torch.") and layout != "torch.strided":
@@ -89,7 +89,7 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"the heads of q must be a multiple of the heads of k, got {heads} and {key_heads}")
 
 
-def _check_mask(xp: Any, key_mask: Array, k: Array) -> None:
+def check_mask(xp: Any, key_mask: Array, k: Array) -> None:
     namespace_of(k=k, key_mask=key_mask)
     expected = (k.shape[-2],) if len(k.shape) == 2 else (*k.shape[:-3], k.shape[-2])
     if dtype_name(key_mask) != "bool":
@@ -107,7 +107,7 @@ def _sum_is_finite(xp: Any, array: Array) -> bool:
         return bool(xp.isfinite(xp.sum(array)))
 
 
-def _check_finite(xp: Any, name: str, array: Array) -> None:
+def check_finite_array(xp: Any, name: str, array: Array) -> None:
     if _sum_is_finite(xp, array) or bool(xp.all(xp.isfinite(array))):
         return
     flat = xp.reshape(xp.isfinite(array), (-1,))
@@ -125,10 +125,10 @@ def _check_finite(xp: Any, name: str, array: Array) -> None:
 def check_arrays(q: Array, k: Array, v: Array, key_mask: Array | None) -> Any:
     """The namespace of arrays that fit together, by their kinds and shapes; otherwise TypeError or ValueError."""
     xp = namespace_of(q=q, k=k, v=v)
-    _check_kind(q=q, k=k, v=v)
+    check_kind(q=q, k=k, v=v)
     _check_shapes(q, k, v)
     if key_mask is not None:
-        _check_mask(xp, key_mask, k)
+        check_mask(xp, key_mask, k)
     return xp
 
 
@@ -184,8 +184,8 @@ def prepare(
         k3 = xp.where(mask[..., None], k3, zero)
         v3 = xp.where(mask[..., None], v3, zero)
     if check_finite or (check_finite is None and on_host(xp, q)):
-        _check_finite(xp, "k", k3)
-        _check_finite(xp, "v", v3)
+        check_finite_array(xp, "k", k3)
+        check_finite_array(xp, "v", v3)
     return Problem(xp, kernels, q3, k3, v3, mask, bool(causal), float(scale))
 
 

@@ -118,14 +118,28 @@ def audit_solution(
     chosen = sampled_rows(problem, rows, seed)
     exact = solve_rows(problem, chosen)
     index = problem.xp.asarray(chosen, device=device(problem.q))
-    out = host_array(problem.xp.take(solution.out, index, axis=2))
-    lse = host_array(problem.xp.take(solution.lse, index, axis=2))
-    exact_out, exact_lse = host_array(exact.out), host_array(exact.lse)
-    heads = out.shape[0] * out.shape[1]
-    shape = (heads, len(chosen))
+    out, lse = (problem.xp.take(x, index, axis=2) for x in (solution.out, solution.lse))
+    return compared(out, lse, exact.out, exact.lse, method, lead, seed=seed, seconds=seconds)
+
+
+def compared(
+    out: Array,
+    lse: Array,
+    exact_out: Array,
+    exact_lse: Array,
+    method: Method,
+    lead: tuple[int, ...],
+    *,
+    seed: int,
+    seconds: float = 0.0,
+) -> Audit:
+    """Audit of rows at hand: outputs (a, b, rows, d_v) and lse (a, b, rows), a * b heads, in the shape `lead`."""
+    out, lse, exact_out, exact_lse = (host_array(x) for x in (out, lse, exact_out, exact_lse))
+    heads, rows = out.shape[0] * out.shape[1], out.shape[2]
+    shape = (heads, rows)
     if 0 in shape:
         return Audit(
-            np.zeros(lead), np.zeros((*lead, 2)), PerQuery(0, 0, 0, 0), 0.0, len(chosen), heads, seed, method, seconds
+            np.zeros(lead), np.zeros((*lead, 2)), PerQuery(0, 0, 0, 0), 0.0, rows, heads, seed, method, seconds
         )
     with np.errstate(all="ignore"):
         wrong = ((out - exact_out) ** 2).sum(-1).reshape(shape)
@@ -136,7 +150,7 @@ def audit_solution(
     right = np.where(spoiled, 0.0, right)
     missed = np.where(spoiled, 0.0, 1 - np.where(np.isfinite(share), share, 0.0))
 
-    draw = np.random.default_rng(seed).multinomial(len(chosen), np.full(len(chosen), 1 / len(chosen)), RESAMPLES)
+    draw = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), RESAMPLES)
     single = _ratio(wrong, right)
     figures = PerQuery(*(float(f(single)) for f in (np.mean, np.median, _p99, np.max)))
     return Audit(
@@ -144,7 +158,7 @@ def audit_solution(
         interval=np.percentile(_ratio(wrong @ draw.T, right @ draw.T), INTERVAL, axis=1).T.reshape(*lead, 2),
         per_query=figures,
         missed=float(missed.mean()),
-        rows=len(chosen),
+        rows=rows,
         heads=heads,
         seed=seed,
         method=method,

@@ -98,7 +98,7 @@ def attend_treecode(problem: Problem, method: Treecode) -> Solution:
         xp.zeros((batch, repeat, n_q, problem.v.shape[-1]), **here),
         xp.full((batch, repeat, n_q), -xp.inf, **here),
     )
-    for start, part in _local_parts(problem, method):
+    for start, part in local_parts(problem, method):
         state = problem.kernels.merge_part(*state, *part, start)
     for tier in tiers(n_q, n_k, problem.causal, method):
         for start, part in _tier_parts(problem, method, tier):
@@ -106,7 +106,7 @@ def attend_treecode(problem: Problem, method: Treecode) -> Solution:
     return Solution(*state, rows_per_query(n_q, n_k, problem.causal, method))
 
 
-def _local_parts(problem: Problem, method: Treecode) -> Iterator[Part]:
+def local_parts(problem: Problem, method: Treecode) -> Iterator[Part]:
     """Exact parts: causal, each query against its own block; otherwise, against the keys after the last block."""
     exact, mask, batch = problem.kernels.exact_attention, problem.mask, problem.q.shape[0]
     if not problem.causal:

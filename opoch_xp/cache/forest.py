@@ -1,0 +1,228 @@
+"""Keys and values in a growing forest, as the treecode reads them.
+
+A sequence of n tokens of which the first `done`, whole blocks, are in trees reads like `done` written in base `fan`: a
+few chunks of each tier, largest first, and the tokens after them as they came, in the open block. A chunk of a tier
+takes the place of those of the tier below when it fills: every key is held once. What earlier queries read, and is held
+no more, is split anew where it is asked for.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from array_api_compat import device
+
+from opoch_xp.backends import generic
+from opoch_xp.backends.generic.tree import rows_of
+from opoch_xp.cache.arrays import bytes_of, taken, write_tokens
+from opoch_xp.cache.layout import Layout, alike
+from opoch_xp.cache.memory import Memory
+from opoch_xp.cache.trees import Trees
+from opoch_xp.forest import attend_tier, key_axes, local_parts, rows_per_query, tier_runs, tiers
+from opoch_xp.methods import Treecode
+from opoch_xp.problem import Problem, Solution
+from opoch_xp.tree import Tree
+
+Array = Any
+STEP = 1 << 16  # tokens taken at a time, about
+
+
+class Forest:
+    """The sequences of a cache; k and v here are (some sequences, heads, tokens, ...), `sequences` their numbers.
+
+    lengths and done (batch,), host integers; sequences named together have the same of both.
+    """
+
+    def __init__(self, layout: Layout, method: Treecode, capacity: int | None, memory: Memory, finest: bool) -> None:
+        self.layout, self.method, self.capacity, self.memory, self.finest = layout, method, capacity, memory, finest
+        self.lengths = np.zeros(layout.batch, np.int64)
+        self.done = np.zeros(layout.batch, np.int64)
+        self.tiers: list[Trees] = []
+        self._kernels = layout.kernels
+        if memory.offload is not None and not memory.on_host:  # the plain kernel fetches the cells that it opens
+            self._kernels = SimpleNamespace(**{**vars(layout.kernels), "tree_attention": generic.tree_attention})
+        shape = (layout.batch, layout.heads, method.block)
+        self.open = tuple(memory.zeros((*shape, width), layout.stored, False) for width in (layout.dim, layout.width))
+        step = method.block
+        while step * method.fan <= STEP:
+            step *= method.fan
+        self.step = STEP // step * step if step <= STEP else step
+
+        self._row_bytes = bytes_of(*self.open) // (layout.batch * layout.heads * method.block)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(trees.nbytes for trees in self.tiers) + bytes_of(*self.open)
+
+    def alike(self) -> Iterator[np.ndarray]:
+        return alike(np.arange(self.layout.batch), self.lengths, self.done)
+
+    def _size(self, tier: int) -> int:
+        return self.method.block * self.method.fan**tier
+
+    def _held(self, tier: int, done: int) -> tuple[int, int]:
+        """The chunks of a tier that a forest of `done` tokens holds, from the first to before the second."""
+        return done // self._size(tier + 1) * self.method.fan, done // self._size(tier)
+
+    def append(self, sequences: np.ndarray, k: Array, v: Array) -> None:
+        """Put tokens after those that are there."""
+        length = int(self.lengths[sequences[0]]) + k.shape[2]
+        self._become(sequences, length, (length - 1) // self.method.block * self.method.block, (k, v))
+
+    def crop(self, sequences: np.ndarray, length: int) -> None:
+        """Keep the first `length` tokens."""
+        block = self.method.block
+        done = min(int(self.done[sequences[0]]), max(0, length - 1) // block * block)
+        self._become(sequences, length, done)
+
+    def _become(self, sequences: np.ndarray, length: int, done: int, more: tuple[Array, Array] | None = None) -> None:
+        """Bring sequences to `length` tokens of which the first `done` are in trees; `more` come after those that stay.
+
+        Nothing of what is there changes before all trees are built.
+        """
+        one, xp = sequences[0], self.layout.xp
+        before, stay = int(self.done[one]), length - (0 if more is None else more[0].shape[2])
+        if done == before:
+            if more is not None:
+                self._write(sequences, stay - done, more)
+            self.lengths[sequences] = length
+            return
+        plan, tier = [], 0
+        while self._size(tier) <= max(done, before):
+            (low, high), (old_low, old_high) = self._held(tier, done), self._held(tier, before)
+            kept = min(high, old_high) - low if low == old_low else 0
+            plan.append((tier, low + kept, high, kept))
+            tier += 1
+        start = min([done, *(low * self._size(tier) for tier, low, high, _ in plan if low < high)])
+        rows = self.rows(sequences, min(start, stay), stay)
+        if more is not None:
+            past = max(0, start - stay)
+            rows = tuple(xp.concat([a, b[:, :, past:, :]], axis=2) for a, b in zip(rows, more, strict=True))
+        built = [
+            self._built(tuple(x[:, :, low * size - start : high * size - start, :] for x in rows), tier)
+            if low < high
+            else None
+            for tier, low, high, _ in plan
+            for size in (self._size(tier),)
+        ]
+        for (tier, low, high, kept), tree in zip(plan, built, strict=True):
+            if tree is not None:
+                self._trees(tier).add(sequences, kept, tree, high - low)
+        self._write(sequences, 0, tuple(x[:, :, done - start :, :] for x in rows))
+        self.done[sequences], self.lengths[sequences] = done, length
+        self.memory.release()
+
+    def _write(self, sequences: np.ndarray, start: int, rows: tuple[Array, ...]) -> None:
+        self.open = tuple(
+            write_tokens(self.layout.xp, x, sequences, start, new) for x, new in zip(self.open, rows, strict=True)
+        )
+
+    def _trees(self, tier: int) -> Trees:
+        """The trees of a tier, which come to be with its first chunk."""
+        while len(self.tiers) <= tier:
+            number, slots = len(self.tiers), 1
+            if self.capacity is not None:
+                slots = max(1, min(self.method.fan - 1, self.capacity // self._size(number)))
+            elif self.memory.mapped:  # a file takes no more of the disk than is written
+                slots = self.method.fan - 1
+            self.tiers.append(
+                Trees(self.layout, self.memory, self.method, number, self.layout.batch, slots, self.finest)
+            )
+        return self.tiers[tier]
+
+    def _built(self, rows: tuple[Array, ...], tier: int, order: Array | None = None) -> Tree:
+        """Trees of whole chunks of a tier, k and v (b, heads, chunks * size, ...)."""
+        xp, size, dim = self.layout.xp, self._size(tier), self.layout.dim
+        k, v = (xp.reshape(x, (-1, size, x.shape[-1])) for x in rows)
+        axes = key_axes(tier, size, self.method, dim)
+        return self._kernels.build_tree(k, v, axes, self.method, mask=None, order=order)
+
+    def parts(self, sequences: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, Array, Array]]:
+        """Tokens [start, stop), chunk by chunk in their order: the number of the first, k and v (b, heads, m, ...)."""
+        xp, layout = self.layout.xp, self.layout
+        lead, done = (len(sequences), layout.heads), int(self.done[sequences[0]])
+        for trees in reversed(self.tiers):
+            low, high = self._held(trees.number, done)
+            first = trees.chunks(sequences) - low
+            for chunk in range(max(low, start // trees.size), min(high, -(-stop // trees.size))):
+                cells, order = (taken(xp, x, first + chunk) for x in (trees.tree.cells, trees.tree.order))
+                heads, size, width = cells.shape
+                order = xp.astype(xp.argsort(order, axis=1), xp.int64)  # of a permutation: its inverse
+                order = order + xp.arange(heads, device=device(order))[:, None] * size
+                cells = rows_of(xp, xp.reshape(cells, (heads * size, width)), order)
+                begin, end = max(start - chunk * trees.size, 0), min(stop - chunk * trees.size, trees.size)
+                cells = xp.reshape(cells[:, begin:end, :], (*lead, end - begin, -1))
+                yield chunk * trees.size + begin, cells[..., : layout.dim], cells[..., layout.dim :]
+        if stop > done:
+            begin = max(start, done)
+            k, v = (taken(xp, x, sequences)[:, :, begin - done : stop - done, :] for x in self.open)
+            yield begin, k, v
+
+    def rows(self, sequences: np.ndarray, start: int, stop: int) -> tuple[Array, ...]:
+        """Tokens [start, stop), k and v (b, heads, stop - start, ...)."""
+        found = [part[1:] for part in self.parts(sequences, start, stop)]
+        if not found:
+            return tuple(x[: len(sequences), :, :0, :] for x in self.open)
+        if len(found) == 1:
+            return found[0]
+        return tuple(self.layout.xp.concat(arrays, axis=2) for arrays in zip(*found, strict=True))
+
+    def attend(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
+        """Queries (b, heads, repeat, n_q, d) of the last n_q tokens, or, not causal, of any, against what is held."""
+        layout, xp, block = self.layout, self.layout.xp, self.method.block
+        n, n_q = int(self.lengths[sequences[0]]), q.shape[3]
+        if not causal and n // block * block != self.done[sequences[0]]:
+            self._become(sequences, n, n // block * block)  # every query sees the last block: it is one as others are
+        q = xp.reshape(q, (-1, *q.shape[2:]))
+        problem, state = self._local(sequences, q, causal, scale)
+        for tier in tiers(n_q, n, causal, self.method):
+            tree, chunk = self._chunks(sequences, tier.number, tier.low, tier.high)
+            for runs in tier_runs(q.shape, n, self.method, tier, chunk, together=True):
+                start, part = attend_tier(problem, self.method, tree, runs)
+                state = problem.kernels.merge_part(*state, *part, start)
+        read = rows_per_query(n_q, n, causal, self.method)
+        self.memory.read(q.shape[0] * q.shape[1] * n_q * int(read["near"] + read["own"]) * self._row_bytes)
+        return Solution(*state, read)
+
+    def _local(
+        self, sequences: np.ndarray, q: Array, causal: bool, scale: float
+    ) -> tuple[Problem, tuple[Array, Array]]:
+        """What is exact: every query (b * heads, repeat, n_q, d) against its own block, or, not causal, the open one."""
+        xp, kernels, (heads, repeat, n_q, dim) = self.layout.xp, self._kernels, q.shape
+        n, done, block = int(self.lengths[sequences[0]]), int(self.done[sequences[0]]), self.method.block
+        first = max(0, n - n_q) // block * block if causal else done
+        if first >= done:  # the open block has one shape whatever it holds
+            k, v = (xp.reshape(taken(xp, x, sequences), (heads, block, -1)) for x in self.open)
+            problem = Problem(xp, kernels, q, k, v, None, causal, scale)
+            last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat) - done
+            out, lse = kernels.exact_attention(
+                xp.reshape(q, (heads, 1, repeat * n_q, dim)), k, v, causal=True, scale=scale, mask=None, positions=last
+            )
+            return problem, (xp.reshape(out, (heads, repeat, n_q, -1)), xp.reshape(lse, q.shape[:3]))
+        k, v = (xp.reshape(x, (heads, n - first, -1)) for x in self.rows(sequences, first, n))
+        problem = Problem(xp, kernels, q, k, v, None, causal, scale)
+        here = {"device": device(q), "dtype": self.layout.summed}
+        state = (xp.zeros((heads, repeat, n_q, v.shape[2]), **here), xp.full((heads, repeat, n_q), -xp.inf, **here))
+        for start, part in local_parts(problem, self.method):
+            state = kernels.merge_part(*state, *part, start)
+        return problem, state
+
+    def _chunks(self, sequences: np.ndarray, tier: int, low: int, high: int) -> tuple[Tree, np.ndarray]:
+        """Trees with the chunks [low, high) of a tier, and where chunk 0 would stand for each key head of them."""
+        held_low, held_high = self._held(tier, int(self.done[sequences[0]]))
+        if held_low <= low and high <= held_high:
+            trees = self._trees(tier)
+            return trees.tree, trees.chunks(sequences) - held_low
+        size, heads = self._size(tier), len(sequences) * self.layout.heads
+        tree = self._built(self.rows(sequences, low * size, high * size), tier)
+        return tree, np.arange(heads) * (high - low) - low
+
+    def select(self, indices: np.ndarray, layout: Layout) -> None:
+        """Keep the sequences named, in that order."""
+        self.layout = layout
+        self.lengths, self.done = self.lengths[indices], self.done[indices]
+        self.open = tuple(taken(layout.xp, x, indices) for x in self.open)
+        for trees in self.tiers:
+            trees.layout = layout
+            trees.select(indices)

@@ -1,0 +1,493 @@
+"""KVCache: keys and values that grow, and attention over them token by token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_api_compat import device
+
+from opoch_xp.arguments import check_scale, to_host
+from opoch_xp.attention import Attention, Report
+from opoch_xp.audit import Audit, check_rows, compared
+from opoch_xp.cache import file
+from opoch_xp.cache.forest import Forest
+from opoch_xp.cache.layout import (
+    Columns,
+    Layout,
+    alike,
+    arranged,
+    arranged_queries,
+    check_finite,
+    check_numbers,
+    check_queries,
+    check_same,
+    columns_kept,
+    of_first,
+)
+from opoch_xp.cache.memory import HOST, Memory
+from opoch_xp.cache.rows import Rows
+from opoch_xp.cost import visible_pairs
+from opoch_xp.methods import Method, Treecode, check_whole
+from opoch_xp.problem import Solution
+from opoch_xp.solve import check_method
+
+Array = Any
+
+
+class KVCache:
+    """Keys and values of one or more sequences that grow, and attention of their last tokens over all of them.
+
+    With `Treecode`, the default, every chunk of keys is split and summarised once, when it fills, and a chunk of the
+    next tier takes the place of those it is made of: a step reads a few thousand rows whatever the length, and a key is
+    held once. A query's own block is exact, also when it has just filled. `Exact` and `LSH` keep rows as they came;
+    LSH hashes and sorts them anew in each call, with max_bucket fixed, by default at 256 keys or what the capacity
+    would give.
+
+    The first keys appended fix library, device, dtype and shapes: k (..., H_kv, n, d), v (..., H_kv, n, d_v), as in
+    `attend`; 16 bits are kept in float32 where the kernels do not take them. Sequences of a batch may differ in length:
+    positions count from the first token kept of each, so padding on the left and on the right are equal.
+
+    capacity: the most tokens of a sequence. Memory is then taken at the first append, and shapes never change, so that
+    kernels compiled by shape (JAX) are compiled once; without, it grows by doubling. offload: where keys and values
+    of complete chunks lie, "host" for host memory, of which what is opened is fetched, or a folder for files mapped
+    into memory; summaries and the open block stay on the device. offload_finest: the summaries of cells, most of all
+    summaries, lie there too. backend as in `attention`.
+
+    Nothing changes in a call that raises. No gradients; not for several threads at a time.
+
+    Cost: a step, the rows it reads (see `Treecode`) a query head, whatever the length; the query heads of a key head
+    share what they open where they make one group (`group` of the method). A token, 2 microseconds a head on average on
+    two cores, d = 64; the token that follows a full chunk waits for its splitting: 2 ms a head for 2,048 keys, 30 for
+    32,768, 600 for 524,288 (measured: docs/decoding.md). Memory: keys and values, a ninth more for summaries at leaf=16,
+    and room to grow. Source: Barnes and Hut, 1986; the chunks of tiers, as in O'Neil et al., The log-structured
+    merge-tree, 1996.
+
+    >>> import numpy as np, opoch_xp as ox
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 1000, 8))
+    >>> cache = ox.KVCache(ox.Treecode(block=64, leaf=4, open=8, near=4, group=1))
+    >>> prompt = cache.prefill(q[:, :999], k[:, :999], v[:, :999])
+    >>> cache.append(k[:, 999:], v[:, 999:])
+    >>> step = cache.attend(q[:, 999:])
+    >>> step.out.shape, len(cache), sum(step.report.rows.values()) < 500
+    ((2, 1, 8), 1000, True)
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        capacity: int | None = None,
+        *,
+        offload: str | Path | None = None,
+        offload_finest: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        self.method = Treecode() if method is None else method
+        check_method(self.method)
+        if capacity is not None:
+            check_whole("capacity", capacity, 1)
+        self.capacity, self.backend = capacity, backend
+        self.offload, self.offload_finest = _folder(offload), bool(offload_finest)
+        if offload is not None and not isinstance(self.method, Treecode):
+            raise ValueError(f"offload needs a Treecode, which opens few cells; {self.method!r} reads every key")
+        if offload_finest and offload is None:
+            raise ValueError("offload_finest=True needs offload=, which says where the finest summaries are to lie")
+        self._layout: Layout | None = None
+        self._store: Any = None
+
+    def __len__(self) -> int:
+        """Tokens of the longest sequence."""
+        return 0 if self._store is None else int(self._store.lengths.max())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64, in the shape of the axes before heads; a copy, on the host."""
+        if self._layout is None:
+            return np.zeros((), np.int64)
+        return self._store.lengths.reshape(self._layout.lead).copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays held, room to grow and what is offloaded included."""
+        return 0 if self._store is None else self._store.nbytes
+
+    def __repr__(self) -> str:
+        given = [repr(self.method)]
+        given += [f"{name}={getattr(self, name)!r}" for name in ("capacity", "backend") if getattr(self, name)]
+        given += [f"offload={str(self.offload)!r}"] if self.offload is not None else []
+        batch = "" if self._layout is None or not self._layout.lead else f" in {self._layout.batch} sequences"
+        return f"KVCache({', '.join(given)}) of {len(self):,} tokens{batch}"
+
+    def append(self, k: Array, v: Array, *, key_mask: Array | None = None, check_finite: bool | None = None) -> None:
+        """Put keys k (..., H_kv, m, d) and values v (..., H_kv, m, d_v) after those that are there; m may be 0.
+
+        key_mask (..., m) bool, without the axis of heads, True = keep: padding, on any side, is left out and may hold
+        anything; the mask is read back to the host. check_finite as in `attend`.
+
+        Raises TypeError or ValueError where they do not fit what is held (heads, sizes, dtype, device, library), are
+        not finite, or where a fixed capacity is passed.
+        """
+        layout, groups = self._checked(k, v, key_mask, check_finite)
+        with self._changing(layout):
+            for sequences, k, v in groups:
+                for some in alike(sequences, self._store.lengths):
+                    for rows in self._steps(some, k.shape[2]):
+                        new = (_some(layout, x, sequences, some)[:, :, rows, :] for x in (k, v))
+                        self._store.append(some, *new)
+
+    def attend(self, q: Array, *, causal: bool = True, scale: float | None = None) -> Attention:
+        """Attention of queries q (..., H, n_q, d) over what is held; H a multiple of H_kv.
+
+        causal: the queries are those of the last n_q tokens of each sequence, the last of them sees every key; rows
+        before the first token of a shorter sequence see none. Otherwise every query sees all. scale as in
+        `opoch_xp.attend`. Returns out, lse and the report of what was read.
+
+        Queries that reach back before the last block read chunks that were merged since: those are split anew, in this
+        call alone. Raises ValueError before the first append, for more queries than tokens when causal, or sizes that
+        do not fit; TypeError for another library or dtype.
+        """
+        layout, scale = self._ready(q, scale)
+        n_q = q.shape[-2]
+        if causal and n_q > len(self):
+            raise ValueError(
+                f"causal attention is that of the last n_q tokens: the cache holds {len(self):,}, got {n_q:,} queries"
+            )
+        queries = arranged_queries(layout, q)
+        everyone = np.arange(layout.batch)
+        found = []
+        with np.errstate(all="ignore"):
+            for some in self._store.alike():
+                part = _some(layout, queries, everyone, some)
+                found.append((some, self._solve(some, part, bool(causal), scale)))
+        return self._result(q, found, sum(len(some) * self._seen(some, n_q, bool(causal)) for some, _ in found))
+
+    def prefill(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        key_mask: Array | None = None,
+        scale: float | None = None,
+        check_finite: bool | None = None,
+    ) -> Attention:
+        """Append k and v, and attend with the queries q (..., H, m, d) of the same tokens, some tens of thousands at a
+        time: the output of every token over those up to its own, (..., H, m, d_v).
+
+        Arguments as `append` and `attend`. Rows of tokens that the mask leaves out are zeros with lse -inf. With
+        group=1 the result is that of any other chunking, to rounding; otherwise within the error of the method.
+        """
+        check_numbers(q=q)
+        layout, groups = self._checked(k, v, key_mask, check_finite)
+        check_queries(layout, q)
+        scale = check_scale(scale, layout.dim)
+        if q.shape[-2] != k.shape[-2]:
+            raise ValueError(f"q and k must have the same tokens, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+        queries, found, seen = arranged_queries(layout, q), [], 0.0
+        kept = columns_kept(layout, key_mask, k)
+        with self._changing(layout), np.errstate(all="ignore"):
+            for (sequences, keys, values), (_, columns) in zip(groups, kept, strict=True):
+                ours = _kept(layout, _some(layout, queries, np.arange(layout.batch), sequences), columns, 3)
+                for some in alike(sequences, self._store.lengths):
+                    solutions = []
+                    for rows in self._steps(some, keys.shape[2]):
+                        new = (_some(layout, x, sequences, some)[:, :, rows, :] for x in (keys, values))
+                        self._store.append(some, *new)
+                        part = _some(layout, ours, sequences, some)[:, :, :, rows, :]
+                        solutions.append(self._solve(some, part, True, scale))
+                        seen += len(some) * self._seen(some, rows.stop - rows.start, True)
+                    joined = _joined(layout, solutions, q.shape[-2], columns, len(some), ours.shape[2])
+                    found.append((some, joined))
+        return self._result(q, found, seen)
+
+    def audit(self, q: Array, *, causal: bool = True, scale: float | None = None, seed: int = 0) -> Audit:
+        """Error of `attend` on these queries, against exact attention over what is held, in the dtype that is summed.
+
+        Arguments as `attend`; every query is a row of the audit. Cost: a pass over all keys, chunk by chunk.
+        """
+        check_rows(1, seed)
+        result = self.attend(q, causal=causal, scale=scale)
+        layout, scale = self._ready(q, scale)
+        xp, n_q, lead = layout.xp, q.shape[-2], (layout.batch, -1)
+        if n_q == 0:
+            raise ValueError("q must hold at least one query")
+        queries = xp.astype(arranged_queries(layout, q), layout.summed, copy=False)
+        found = []
+        with np.errstate(all="ignore"):
+            for some in self._store.alike():
+                part = _some(layout, queries, np.arange(layout.batch), some)
+                found.append((some, self._exact(some, part, causal, scale)))
+        exact = self._result(xp.astype(q, layout.summed, copy=False), found, 0.0)
+        out = xp.astype(result.out, layout.summed, copy=False)
+        pairs = (
+            xp.reshape(x, (*lead, n_q, *x.shape[len(q.shape) - 1 :])) for x in (out, result.lse, exact.out, exact.lse)
+        )
+        return compared(*pairs, self.method, tuple(q.shape[:-2]), seed=seed)
+
+    def crop(self, n: int) -> None:
+        """Keep the first n tokens of every sequence; a negative n drops the last -n of each.
+
+        Chunks that were merged since are split anew. Raises ValueError beyond the length.
+        """
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise TypeError(f"n must be a whole number of tokens, got {n!r}")
+        if n > len(self):
+            raise ValueError(f"n must be at most the {len(self):,} tokens that the cache holds, got {n:,}")
+        if self._store is None:
+            return
+        wanted = self._store.lengths + n if n < 0 else np.minimum(self._store.lengths, n)
+        if (wanted < 0).any():
+            raise ValueError(
+                f"n must leave tokens to keep: the shortest sequence has {self._store.lengths.min():,}, got {n}"
+            )
+        self._crop(wanted)
+
+    def select(self, indices: Any) -> None:
+        """Keep the sequences named by `indices` (whole numbers, the host's or an array's), in that order.
+
+        A sequence may be named again: complete chunks are then shared until one of the copies grows. Raises ValueError
+        unless the cache has one axis of sequences and the indices are theirs.
+        """
+        layout = self._batched("select")
+        numbers = np.asarray(indices if isinstance(indices, list | tuple | range) else to_host(indices))
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
+            raise ValueError(f"indices must be whole numbers along one axis, at least one, got {indices!r}")
+        if int(numbers.min()) < 0 or int(numbers.max()) >= layout.batch:
+            raise ValueError(f"indices must be from 0 to {layout.batch - 1}, got {indices!r}")
+        self._layout = replace(layout, lead=(len(numbers),))
+        self._store.select(numbers.astype(np.int64), self._layout)
+
+    def reorder(self, indices: Any) -> None:
+        """`select` with as many indices as there are sequences: what beams of a beam search go on from.
+
+        Cost: the open block of each sequence is copied; complete chunks are not.
+        """
+        layout = self._batched("reorder")
+        if len(indices) != layout.batch:
+            raise ValueError(
+                f"indices must name {layout.batch} sequences, got {len(indices)}; select changes the number"
+            )
+        self.select(indices)
+
+    def repeat(self, n: int) -> None:
+        """Every sequence n times in a row: beams, or samples, of a prompt; complete chunks are shared."""
+        check_whole("n", n, 1)
+        self.select(np.arange(self._batched("repeat").batch).repeat(n))
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a .safetensors file, whole or not at all: keys and values in the order of tokens, and the
+        order in which every chunk was split. Nothing is pickled; offload, capacity and backend are not kept."""
+        if self._layout is None:
+            raise ValueError("the cache is empty: there is nothing to save")
+        file.write(Path(path), self.method, self._layout, self._store)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        like: Array | None = None,
+        capacity: int | None = None,
+        offload: str | Path | None = None,
+        offload_finest: bool = False,
+        backend: str | None = None,
+    ) -> "KVCache":
+        """Read a cache that `save` wrote: it goes on where that one was, with the same bits on the same backend.
+
+        like: an array of the library and device that it is to be on, NumPy by default; the rest as for a new cache.
+        Everything is read once and checked: the checksum, sizes, that keys and values are finite and every order is
+        one. Raises FileNotFoundError, or ValueError for a file of another kind or a later version, damaged, truncated
+        or with contents that do not fit, or longer than the capacity.
+        """
+        saved = file.read(Path(path))
+        cache = cls(saved.method, capacity, offload=offload, offload_finest=offload_finest, backend=backend)
+        if capacity is not None and saved.longest > capacity:
+            raise ValueError(f"{path}: holds {saved.longest:,} tokens, more than capacity={capacity:,}")
+        cache._layout = saved.layout(like, backend)
+        cache._store = cache._new_store(cache._layout)
+        saved.restore(cache._layout, cache._store)
+        return cache
+
+    def _new_store(self, layout: Layout) -> Any:
+        memory = Memory(layout.xp, layout.device, self.offload)
+        if isinstance(self.method, Treecode):
+            return Forest(layout, self.method, self.capacity, memory, self.offload_finest)
+        return Rows(layout, self.method, self.capacity, memory)
+
+    def _checked(
+        self, k: Array, v: Array, key_mask: Array | None, finite: bool | None
+    ) -> tuple[Layout, list[tuple[np.ndarray, Array, Array]]]:
+        """The layout, and sequences with the keys and values that come to them, once all is known to fit."""
+        check_numbers(k=k, v=v)
+        layout = self._layout
+        if layout is None:
+            layout = of_first(k, v, self.backend)
+        else:
+            check_same(layout, k, v)
+        groups = []
+        held = np.zeros(layout.batch, np.int64) if self._store is None else self._store.lengths
+        everyone, keys, values = np.arange(layout.batch), arranged(layout, k), arranged(layout, v)
+        for sequences, columns in columns_kept(layout, key_mask, k):
+            new = [_kept(layout, _some(layout, x, everyone, sequences), columns, 2) for x in (keys, values)]
+            check_finite(layout, finite, k=new[0], v=new[1])
+            longest = int(held[sequences].max())
+            if self.capacity is not None and longest + new[0].shape[2] > self.capacity:
+                raise ValueError(
+                    f"the cache is full: capacity={self.capacity:,}, it holds {longest:,} tokens and"
+                    f" {new[0].shape[2]:,} more were given; crop it, or make one of a larger capacity"
+                )
+            groups.append((sequences, *new))
+        return layout, groups
+
+    @contextmanager
+    def _changing(self, layout: Layout) -> Iterator[None]:
+        """Whatever is raised inside, the cache is as it was before."""
+        before = None if self._store is None else self._store.lengths.copy()
+        if self._store is None:
+            self._layout, self._store = layout, self._new_store(layout)
+        try:
+            yield
+        except BaseException:
+            if before is None:
+                self._layout = self._store = None
+            else:
+                self._crop(before)
+            raise
+
+    def _crop(self, lengths: np.ndarray) -> None:
+        for some in list(self._store.alike()):
+            for same in alike(some, lengths):
+                if lengths[same[0]] < self._store.lengths[same[0]]:
+                    self._store.crop(same, int(lengths[same[0]]))
+
+    def _steps(self, sequences: np.ndarray, tokens: int) -> Iterator[slice]:
+        """Tokens to come, some at a time, cut where many chunks fill at once."""
+        start, step = int(self._store.lengths[sequences[0]]), self._store.step
+        low = 0
+        while low < tokens:
+            high = min(tokens, (start + low) // step * step + step - start)
+            yield slice(low, high)
+            low = high
+
+    def _ready(self, q: Array, scale: float | None) -> tuple[Layout, float]:
+        if self._layout is None or len(self) == 0:
+            raise ValueError("the cache is empty: append keys and values before attending")
+        check_numbers(q=q)
+        check_queries(self._layout, q)
+        return self._layout, check_scale(scale, self._layout.dim)
+
+    def _batched(self, name: str) -> Layout:
+        if self._layout is None or len(self._layout.lead) != 1:
+            shape = "nothing yet" if self._layout is None else f"axes {self._layout.lead} before heads"
+            raise ValueError(
+                f"{name} needs one axis of sequences, as in k (batch, H_kv, n, d): the cache holds {shape}"
+            )
+        return self._layout
+
+    def _solve(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
+        layout = self._layout
+        assert layout is not None
+        n, n_q = int(self._store.lengths[sequences[0]]), q.shape[3]
+        if n_q == 0 or n == 0:
+            lead, here = (len(sequences) * layout.heads, q.shape[2], n_q), {"device": device(q), "dtype": layout.summed}
+            xp = layout.xp
+            return Solution(xp.zeros((*lead, layout.width), **here), xp.full(lead, -xp.inf, **here))
+        return self._store.attend(sequences, q, causal, scale)
+
+    def _exact(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
+        """Exact attention of queries (b, heads, repeat, n_q, d), chunk by chunk of the keys."""
+        layout = self._layout
+        assert layout is not None
+        xp, n, (_, _, repeat, n_q, dim) = layout.xp, int(self._store.lengths[sequences[0]]), q.shape
+        heads, here = len(sequences) * layout.heads, {"device": device(q), "dtype": layout.summed}
+        q = xp.reshape(q, (heads, 1, repeat * n_q, dim))
+        state = (xp.zeros((*q.shape[:3], layout.width), **here), xp.full(q.shape[:3], -xp.inf, **here))
+        last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat)
+        for start, k, v in self._store.parts(sequences, 0, n):
+            k, v = (xp.astype(xp.reshape(x, (heads, *x.shape[2:])), layout.summed, copy=False) for x in (k, v))
+            part = layout.kernels.exact_attention(q, k, v, causal=True, scale=scale, mask=None, positions=last - start)
+            state = layout.kernels.merge_part(*state, *part, 0)
+        shape = (heads, repeat, n_q)
+        return Solution(xp.reshape(state[0], (*shape, -1)), xp.reshape(state[1], shape))
+
+    def _seen(self, sequences: np.ndarray, n_q: int, causal: bool) -> float:
+        """Keys that a query of these sequences may see, summed over queries."""
+        return float(visible_pairs(n_q, int(self._store.lengths[sequences[0]]), causal))
+
+    def _result(self, q: Array, found: list[tuple[np.ndarray, Solution]], seen: float) -> Attention:
+        """Outputs of groups of sequences, in the caller's layout; seen: keys visible, summed over queries of sequences."""
+        layout = self._layout
+        assert layout is not None
+        xp, order = layout.xp, np.concatenate([some for some, _ in found])
+        arrays = []
+        for name in ("out", "lse"):
+            parts = [getattr(one, name) for _, one in found]
+            parts = [
+                xp.reshape(x, (len(some), layout.heads, *x.shape[1:]))
+                for x, (some, _) in zip(parts, found, strict=True)
+            ]
+            whole = parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+            if len(parts) > 1:
+                whole = xp.take(whole, xp.asarray(np.argsort(order), device=device(whole)), axis=0)
+            arrays.append(whole)
+        out = xp.astype(xp.reshape(arrays[0], (*q.shape[:-1], layout.width)), q.dtype, copy=False)
+        lse = xp.reshape(arrays[1], q.shape[:-1])
+        read: dict[str, float] = {}
+        for some, one in found:
+            for part, rows in one.rows.items():
+                read[part] = read.get(part, 0.0) + float(rows) * len(some) / layout.batch
+        queries = max(1, layout.batch * q.shape[-2])
+        passes = (f"{self.method!r} over a cache of {len(self):,} tokens",)
+        return Attention(out, lse, Report(self.method, "the cache's", read, seen / queries, passes))
+
+
+def _folder(offload: str | Path | None) -> str | Path | None:
+    """None, "host", or a folder that is there."""
+    if offload is None or offload == HOST:
+        return offload
+    if not isinstance(offload, str | Path):
+        raise TypeError(f'offload must be None, "{HOST}" or a folder, got {offload!r}')
+    path = Path(offload)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"offload: {path} is a file, expected a folder")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"offload: no folder {path.absolute().parent}")
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _some(layout: Layout, x: Array, held: np.ndarray, wanted: np.ndarray) -> Array:
+    """The entries of x, those of the sequences `held`, that belong to `wanted`, which are among them."""
+    if len(held) == len(wanted):
+        return x
+    return layout.xp.take(x, layout.xp.asarray(np.searchsorted(held, wanted), device=device(x)), axis=0)
+
+
+def _kept(layout: Layout, x: Array, columns: Columns, axis: int) -> Array:
+    return x if columns is None else layout.xp.take(x, layout.xp.asarray(columns, device=device(x)), axis=axis)
+
+
+def _joined(
+    layout: Layout, solutions: list[Solution], tokens: int, columns: Columns, sequences: int, repeat: int
+) -> Solution:
+    """The outputs of one chunk after another as one of `tokens` columns, zeros where a column was not kept."""
+    xp, heads = layout.xp, sequences * layout.heads
+    counts = [one.out.shape[2] for one in solutions]
+    read = {
+        part: sum(float(one.rows.get(part, 0.0)) * count for one, count in zip(solutions, counts, strict=True)) / tokens
+        for part in {name for one in solutions for name in one.rows}
+    }
+    here = {"device": layout.device, "dtype": layout.summed}
+    nothing = xp.zeros((heads, repeat, 1, layout.width), **here), xp.full((heads, repeat, 1), -xp.inf, **here)
+    if columns is None and solutions:
+        whole = (xp.concat([getattr(one, name) for one in solutions], axis=2) for name in ("out", "lse"))
+        return Solution(*whole, read)
+    place = np.zeros(tokens, np.int64)  # of each column among those kept, after a row of nothing
+    place[[] if columns is None else columns] = 1 + np.arange(sum(counts))
+    index = xp.asarray(place, device=layout.device)
+    parts = (
+        [none, *(getattr(one, name) for one in solutions)] for name, none in zip(("out", "lse"), nothing, strict=True)
+    )
+    return Solution(*(xp.take(xp.concat(part, axis=2), index, axis=2) for part in parts), read)

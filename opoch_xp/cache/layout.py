@@ -1,0 +1,182 @@
+"""What a cache holds, fixed by the first keys appended, and the checks of what is given to it afterwards."""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from opoch_xp.arguments import check_finite_array, check_kind, check_mask, dtype_name, namespace_of, on_host, to_host
+from opoch_xp.backends import kernels_for, library
+from opoch_xp.graphs import traced
+from opoch_xp.problem import sum_dtype
+
+Array = Any
+Columns = np.ndarray | None  # the columns of an input that are kept; None: all
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The library, device, dtype and sizes of the keys and values of a cache.
+
+    lead: the axes before heads, () where there are two axes or three; batch: sequences, their product; kind: the type of
+    the arrays; dtype: as given; stored: what is kept, one that the kernels take.
+    """
+
+    xp: Any
+    kernels: Any
+    kind: type
+    device: Any
+    dtype: Any
+    stored: Any
+    axes: int
+    lead: tuple[int, ...]
+    heads: int
+    dim: int
+    width: int
+
+    @property
+    def batch(self) -> int:
+        return math.prod(self.lead)
+
+    @property
+    def summed(self) -> Any:
+        """The dtype of out and lse."""
+        return sum_dtype(self.xp, self.stored)
+
+
+def of_first(k: Array, v: Array, backend: str | None) -> Layout:
+    """The layout that the first keys and values fix; TypeError or ValueError where they do not fit together."""
+    xp = namespace_of(k=k, v=v)
+    check_kind(k=k, v=v)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
+    shapes = f"got k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if len(k.shape) < 2 or k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must have the same axes before the last, at least (n, d); {shapes}")
+    if 0 in (*k.shape[:-2], k.shape[-1], v.shape[-1]):
+        raise ValueError(f"k and v must have at least one sequence, head and dimension; {shapes}")
+    kernels = kernels_for(xp, backend)
+    stored = k.dtype if dtype_name(k) in kernels.ACCEPTS else xp.float32
+    heads = k.shape[-3] if len(k.shape) > 2 else 1
+    lead = tuple(k.shape[:-3])
+    return Layout(xp, kernels, type(k), device(k), k.dtype, stored, len(k.shape), lead, heads, k.shape[-1], v.shape[-1])
+
+
+def check_numbers(**arrays: Array) -> None:
+    """ValueError for arrays that hold no numbers yet, or that gradients are to flow through."""
+    if traced(*arrays.values()):
+        raise ValueError(
+            "a KVCache changes from call to call, which a traced function does not: append and attend outside jax.jit;"
+            " with capacity= the kernels inside are compiled once"
+        )
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, array in arrays.items():
+        if getattr(array, "requires_grad", False):
+            raise ValueError(
+                f"{name} requires gradients, which a KVCache does not carry: use torch.no_grad() around the call, or"
+                " opoch_xp.attention to train"
+            )
+
+
+def check_same(layout: Layout, k: Array, v: Array) -> None:
+    """TypeError or ValueError unless k and v are more of what the cache holds."""
+    for name, array, size in (("k", k, layout.dim), ("v", v, layout.width)):
+        if type(array) is not layout.kind:
+            xp = namespace_of(**{name: array})
+            if xp is not layout.xp:
+                raise TypeError(f"{name} must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
+        if array.dtype != layout.dtype:
+            given = f"got {dtype_name(array)}"
+            raise TypeError(f"{name} must have the cache's dtype {_name(layout.dtype)}, {given}")
+        shape = tuple(array.shape)
+        before = (*layout.lead, layout.heads) if layout.axes > 2 else ()
+        if len(shape) != layout.axes or shape[:-2] != before or shape[-1] != size:
+            expected = f"({''.join(f'{n}, ' for n in before)}n, {size})"
+            raise ValueError(f"{name} must have shape {expected}, as the cache's, got {shape}")
+        if device(array) != layout.device:
+            raise ValueError(f"{name} must be on the cache's device {layout.device}, got {device(array)}")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k and v must have the same tokens, got k {tuple(k.shape)}, v {tuple(v.shape)}")
+
+
+def check_queries(layout: Layout, q: Array) -> None:
+    """TypeError or ValueError unless queries fit the keys of the cache."""
+    if type(q) is not layout.kind:
+        xp = namespace_of(q=q)
+        if xp is not layout.xp:
+            raise TypeError(f"q must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
+    if q.dtype != layout.dtype:
+        raise TypeError(f"q must have the cache's dtype {_name(layout.dtype)}, got {dtype_name(q)}")
+    shape = tuple(q.shape)
+    heads = shape[-3] if len(shape) > 2 else layout.heads
+    if len(shape) != layout.axes or shape[:-3] != layout.lead or shape[-1] != layout.dim or heads % layout.heads:
+        heads_of = f"a multiple of {layout.heads}, " if layout.axes > 2 else ""
+        expected = f"({''.join(f'{n}, ' for n in layout.lead)}{heads_of}n_q, {layout.dim})"
+        raise ValueError(f"q must have shape {expected}, to go with the cache's keys, got {shape}")
+    if device(q) != layout.device:
+        raise ValueError(f"q must be on the cache's device {layout.device}, got {device(q)}")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).rsplit(".", 1)[-1].removesuffix("'>")
+
+
+def arranged(layout: Layout, x: Array) -> Array:
+    """Keys or values (..., H_kv, m, d) as they are stored, (batch, H_kv, m, d)."""
+    if hasattr(x, "detach"):
+        x = x.detach()
+    x = layout.xp.astype(x, layout.stored, copy=False)
+    return layout.xp.reshape(x, (layout.batch, layout.heads, *x.shape[-2:]))
+
+
+def arranged_queries(layout: Layout, q: Array) -> Array:
+    """Queries (..., H, n_q, d) as kernels take them, (batch, H_kv, repeat, n_q, d); what is not finite is NaN."""
+    xp = layout.xp
+    if hasattr(q, "detach"):
+        q = q.detach()
+    q = xp.astype(q, layout.stored, copy=False)
+    if not on_host(xp, q) or not _sum_is_finite(q):
+        wide = xp.astype(q, layout.summed, copy=False)
+        q = xp.astype(xp.where(xp.isfinite(wide), wide, xp.nan), layout.stored, copy=False)
+    return xp.reshape(q, (layout.batch, layout.heads, -1, *q.shape[-2:]))
+
+
+def _sum_is_finite(x: Array) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(array_namespace(x).sum(x)))
+
+
+def check_finite(layout: Layout, wanted: bool | None, **arrays: Array) -> None:
+    """ValueError for keys or values that are not finite: looked for on the host, elsewhere where it is wanted."""
+    for name, array in arrays.items():
+        if wanted or (wanted is None and on_host(layout.xp, array)):
+            check_finite_array(layout.xp, name, layout.xp.reshape(array, (-1, *array.shape[-2:])))
+
+
+def columns_kept(layout: Layout, key_mask: Array | None, k: Array) -> list[tuple[np.ndarray, Columns]]:
+    """Sequences, in groups that keep the same columns of k, and those columns. Reads the mask back to the host."""
+    everything = np.arange(layout.batch)
+    if key_mask is None:
+        return [(everything, None)]
+    check_mask(layout.xp, key_mask, k)
+    kept = to_host(key_mask).reshape(layout.batch, -1)
+    if kept.all():
+        return [(everything, None)]
+    groups: dict[bytes, list[int]] = {}
+    for number, row in enumerate(kept):
+        groups.setdefault(row.tobytes(), []).append(number)
+    return [(np.array(some), np.flatnonzero(kept[some[0]])) for some in groups.values()]
+
+
+def alike(sequences: np.ndarray, *figures: np.ndarray) -> Iterator[np.ndarray]:
+    """The sequences in groups whose figures are the same."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, *of_it in zip(sequences.tolist(), *(x[sequences].tolist() for x in figures), strict=True):
+        groups.setdefault(tuple(of_it), []).append(number)
+    return (np.array(some) for some in groups.values())

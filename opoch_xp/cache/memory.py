@@ -1,0 +1,67 @@
+"""Where the arrays of a cache lie: on the device, in host memory, or in files that are mapped into memory."""
+
+import math
+import mmap
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opoch_xp.arguments import HOST_LIBRARIES
+from opoch_xp.backends import library
+from opoch_xp.cache.arrays import HostRows
+
+Array = Any
+HOST = "host"
+RELEASE = 1 << 26  # bytes of mapped files read since the last time that their pages were given back
+
+
+class Memory:
+    """Allocates arrays of zeros; those that are `cold` lie where `offload` says: None the device, "host", or a folder.
+
+    Mapped files have no name: they go when the arrays do, and with the process whatever happens to it. Pages that were
+    read stay resident until `release`; the system may keep them in its cache of files, and takes them back when it
+    needs them.
+    """
+
+    def __init__(self, xp: Any, where: Any, offload: str | Path | None) -> None:
+        self.xp, self.where, self.offload = xp, where, offload
+        self.on_host = library(xp) in HOST_LIBRARIES or (library(xp) == "torch" and str(where) == "cpu")
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._read = 0
+
+    @property
+    def mapped(self) -> bool:
+        return self.offload not in (None, HOST)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, cold: bool) -> Array:
+        if not cold or self.offload is None or (self.offload == HOST and self.on_host):
+            return self.xp.zeros(shape, dtype=dtype, device=self.where)
+        kind = np.dtype(str(dtype).rsplit(".", 1)[-1].removesuffix("'>"))
+        data = self._map(shape, kind) if self.mapped else np.zeros(shape, kind)
+        if not self.on_host:
+            return HostRows(data, self.xp, self.where)
+        return self.xp.asarray(data)  # the same memory, in NumPy and PyTorch
+
+    def _map(self, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * kind.itemsize
+        with tempfile.TemporaryFile(dir=self.offload) as file:
+            file.truncate(size)  # without blocks of the disk until something is written
+            held = mmap.mmap(file.fileno(), size)
+        self._maps.add(held)
+        return np.frombuffer(held, kind).reshape(shape)
+
+    def read(self, size: int) -> None:
+        """Notes that about `size` bytes of mapped files were read; their pages are given back from time to time."""
+        self._read += size
+        if self._read > RELEASE:
+            self.release()
+
+    def release(self) -> None:
+        """Give the pages of mapped files back: they are read from the files when they are needed again."""
+        self._read = 0
+        for held in self._maps:
+            if hasattr(held, "madvise"):  # not on Windows
+                held.madvise(mmap.MADV_DONTNEED)

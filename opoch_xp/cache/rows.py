@@ -1,0 +1,103 @@
+"""Keys and values in rows, as they came: what Exact and LSH read."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from opoch_xp.cache.arrays import bytes_of, taken, write_tokens
+from opoch_xp.cache.layout import Layout, alike
+from opoch_xp.cache.memory import Memory
+from opoch_xp.lsh import LEAST_BUCKET, bucket_limit
+from opoch_xp.methods import LSH, Exact
+from opoch_xp.problem import Problem, Solution
+from opoch_xp.solve import solve
+
+Array = Any
+FIRST = 256  # tokens that there is room for at first; the room doubles
+
+
+class Rows:
+    """The sequences of a cache; k and v here are (some sequences, heads, tokens, ...), `sequences` their numbers.
+
+    lengths (batch,), host integers; sequences named together have the same.
+    """
+
+    step = 1 << 16  # tokens taken at a time
+
+    def __init__(self, layout: Layout, method: Exact | LSH, capacity: int | None, memory: Memory) -> None:
+        self.layout, self.capacity, self.memory = layout, capacity, memory
+        self.method = method
+        self.lengths = np.zeros(layout.batch, np.int64)
+        self.held = self._empty(capacity or FIRST)
+
+    def _empty(self, room: int) -> tuple[Array, ...]:
+        layout = self.layout
+        shape = (layout.batch, layout.heads, room)
+        return tuple(self.memory.zeros((*shape, width), layout.stored, True) for width in (layout.dim, layout.width))
+
+    @property
+    def nbytes(self) -> int:
+        return bytes_of(*self.held)
+
+    def alike(self) -> Iterator[np.ndarray]:
+        return alike(np.arange(self.layout.batch), self.lengths)
+
+    def append(self, sequences: np.ndarray, k: Array, v: Array) -> None:
+        """Put tokens after those that are there."""
+        xp, start = self.layout.xp, int(self.lengths[sequences[0]])
+        room, wanted = self.held[0].shape[2], start + k.shape[2]
+        if wanted > room:
+            there, old = int(np.max(self.lengths)), self.held
+            everyone = np.arange(self.layout.batch)
+            self.held = tuple(
+                write_tokens(xp, new, everyone, 0, x[:, :, :there, :])
+                for new, x in zip(self._empty(max(wanted, 2 * room)), old, strict=True)
+            )
+        self.held = tuple(write_tokens(xp, x, sequences, start, new) for x, new in zip(self.held, (k, v), strict=True))
+        self.lengths[sequences] = wanted
+
+    def crop(self, sequences: np.ndarray, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self.lengths[sequences] = length
+
+    def parts(self, sequences: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, Array, Array]]:
+        """Tokens [start, stop), some at a time: the number of the first, k and v (b, heads, m, ...)."""
+        for low in range(start, stop, self.step):
+            high = min(low + self.step, stop)
+            k, v = (taken(self.layout.xp, x[:, :, low:high, :], sequences) for x in self.held)
+            yield low, k, v
+
+    def attend(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
+        """Queries (b, heads, repeat, n_q, d) of the last n_q tokens, or, not causal, of any, against what is held."""
+        xp, kernels, n = self.layout.xp, self.layout.kernels, int(self.lengths[sequences[0]])
+        heads, repeat, n_q, dim = len(sequences) * self.layout.heads, *q.shape[2:]
+        if isinstance(self.method, Exact):  # rows have one shape whatever they hold
+            k, v = (xp.reshape(taken(xp, x, sequences), (heads, x.shape[2], -1)) for x in self.held)
+            last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat)
+            out, lse = kernels.exact_attention(
+                xp.reshape(q, (heads, 1, repeat * n_q, dim)), k, v, causal=True, scale=scale, mask=None, positions=last
+            )
+            read = float(np.mean(np.maximum(last + 1, 0)))
+            return Solution(
+                xp.reshape(out, (heads, repeat, n_q, -1)), xp.reshape(lse, (heads, repeat, n_q)), {"local": read}
+            )
+        k, v = (xp.reshape(taken(xp, x, sequences)[:, :, :n, :], (heads, n, -1)) for x in self.held)
+        q = xp.reshape(q, (heads, repeat, n_q, dim))
+        return solve(Problem(xp, kernels, q, k, v, None, causal, scale), self._limited(causal))
+
+    def _limited(self, causal: bool) -> LSH:
+        """The method with a largest bucket that does not grow with the tokens, so that no output depends on later ones."""
+        assert isinstance(self.method, LSH)
+        if not causal or self.method.max_bucket is not None or not self.method.bits:
+            return self.method
+        limit = LEAST_BUCKET if self.capacity is None else bucket_limit(self.method, self.capacity)
+        return replace(self.method, max_bucket=limit)
+
+    def select(self, indices: np.ndarray, layout: Layout) -> None:
+        """Keep the sequences named, in that order."""
+        self.layout = layout
+        self.lengths = self.lengths[indices]
+        index = layout.xp.asarray(indices, device=layout.device)
+        self.held = tuple(layout.xp.take(x, index, axis=0) for x in self.held)

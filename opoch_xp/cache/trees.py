@@ -1,0 +1,122 @@
+"""The trees of one tier of a growing forest."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from opoch_xp.cache.arrays import bytes_of, put, taken
+from opoch_xp.cache.layout import Layout
+from opoch_xp.cache.memory import Memory
+from opoch_xp.methods import Treecode
+from opoch_xp.tree import Tree, level_nodes
+
+Array = Any
+
+
+class Trees:
+    """The chunks of one tier that a forest holds: for each sequence those whose parent is not complete.
+
+    number and size: the tier's, and the keys of its chunks. The arrays of `tree` are (rows * heads * slots, ...): a row
+    holds the chunks of a sequence, one after another for each head. Sequences share a row until one of them grows:
+    row (batch,) says which row is whose.
+    """
+
+    def __init__(
+        self, layout: Layout, memory: Memory, method: Treecode, number: int, rows: int, slots: int, finest: bool
+    ) -> None:
+        self.layout, self.memory, self.method = layout, memory, method
+        self.number, self.size = number, method.block * method.fan**number
+        self.finest = finest  # whether the summaries of cells are offloaded too
+        self.rows, self.slots = rows, slots
+        self.row = np.arange(rows)
+        self.tree = self._empty(rows, slots)
+
+    def _empty(self, rows: int, slots: int) -> Tree:
+        layout, nodes = self.layout, level_nodes(self.size, self.method)
+        chunks, width = rows * layout.heads * slots, layout.dim + layout.width
+        zeros = self.memory.zeros
+        return Tree(
+            zeros((chunks, self.size, width), layout.stored, True),
+            zeros((chunks, self.size), layout.xp.int32, True),
+            tuple(
+                zeros((chunks, count, width + layout.dim), layout.summed, self.finest and not level)
+                for level, count in enumerate(nodes)
+            ),
+            tuple(self.size // count for count in nodes),
+            None,
+            None,
+            layout.dim,
+        )
+
+    def _arrays(self) -> list[Array]:
+        return [self.tree.cells, self.tree.order, *self.tree.summaries]
+
+    @property
+    def nbytes(self) -> int:
+        return bytes_of(*self._arrays())
+
+    def chunks(self, sequences: np.ndarray) -> np.ndarray:
+        """Where the first chunk of each sequence and head stands, (len(sequences) * heads,)."""
+        heads = np.arange(self.layout.heads)
+        return ((self.row[sequences, None] * self.layout.heads + heads) * self.slots).reshape(-1)
+
+    def add(self, sequences: np.ndarray, kept: int, built: Tree, count: int) -> None:
+        """The first `kept` chunks of the sequences stay, and `count` new ones of each head of each come after them."""
+        if kept + count > self.slots:
+            self._resize(self.rows, min(self.method.fan - 1, max(kept + count, 2 * self.slots)))
+        for one in sequences.tolist():
+            if np.count_nonzero(self.row == self.row[one]) > 1:
+                self._part(one, kept)
+        self._put(self.chunks(sequences) + kept, built, count)
+
+    def _put(self, starts: np.ndarray, source: Tree, count: int) -> None:
+        xp, tree = self.layout.xp, self.tree
+        self.tree = replace(
+            tree,
+            cells=put(xp, tree.cells, starts, source.cells, count),
+            order=put(xp, tree.order, starts, source.order, count),
+            summaries=tuple(
+                put(xp, x, starts, new, count) for x, new in zip(tree.summaries, source.summaries, strict=True)
+            ),
+        )
+
+    def of(self, chunks: np.ndarray) -> Tree:
+        """Some of the chunks, by their number, in the arrays' library."""
+        xp, tree = self.layout.xp, self.tree
+        return replace(
+            tree,
+            cells=taken(xp, tree.cells, chunks),
+            order=taken(xp, tree.order, chunks),
+            summaries=tuple(taken(xp, x, chunks) for x in tree.summaries),
+        )
+
+    def _part(self, sequence: int, kept: int) -> None:
+        """Give a sequence a row of its own, with its first `kept` chunks."""
+        free = np.setdiff1d(np.arange(self.rows), self.row)
+        if not len(free):
+            self._resize(2 * self.rows, self.slots)
+            free = np.setdiff1d(np.arange(self.rows), self.row)
+        one = np.array([sequence])
+        before = self.chunks(one)
+        self.row[sequence] = free[0]
+        if kept:
+            whole = (before[:, None] + np.arange(kept)).reshape(-1)
+            self._put(self.chunks(one), self.of(whole), kept)
+
+    def _resize(self, rows: int, slots: int) -> None:
+        old, runs, before = self.tree, self.rows * self.layout.heads, self.slots
+        self.tree = self._empty(rows, slots)
+        self.rows, self.slots = rows, slots
+        self._put(np.arange(runs) * slots, old, before)
+
+    def select(self, indices: np.ndarray) -> None:
+        """Keep the sequences named, in that order; rows that fewer than half of them need are given up."""
+        self.row = self.row[indices]
+        used, row = np.unique(self.row, return_inverse=True)
+        if 2 * len(used) <= self.rows:
+            each = self.layout.heads * self.slots
+            old = self.of((used[:, None] * each + np.arange(each)).reshape(-1))
+            self.rows, self.row = len(used), row.reshape(-1)
+            self.tree = self._empty(self.rows, self.slots)
+            self._put(np.arange(self.rows) * each, old, each)
