@@ -1,15 +1,11 @@
 """Files of an index: .safetensors with the arrays x, ids, codes and order, settings and a checksum in the metadata.
 
-The checksum is CRC-32 of the header, its own digits as zeros, and of all that follows it. Nothing is trusted: kinds and
-sizes are checked before memory is taken, contents before they are used.
+Nothing is trusted: kinds and sizes are checked before memory is taken, contents before they are used.
 """
 
 import json
-import re
-import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -19,36 +15,26 @@ from opoch_xp.methods import check_whole
 
 FORMAT = "opoch_xp.LSHIndex"
 VERSION = 1
-SUFFIX = ".safetensors"
-CHUNK = 1 << 22  # bytes read at once for the checksum
 SMALL = 1 << 26  # bytes of hyperplanes that an index may need whatever it holds,
 TABLES = 1 << 12  # and tables
-CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{8})"')
 KINDS = {"x": ("F32", "F64"), "ids": ("I64",), "codes": ("U16", "U32", "I64"), "order": ("I32", "I64")}
 
 
 def write(path: Path, settings: Settings, next_id: int, arrays: dict[str, np.ndarray]) -> None:
     """Write an index, whole or not at all."""
-    if path.suffix != SUFFIX:
-        raise ValueError(f"{path}: expected a name ending in {SUFFIX}, got {path.suffix or 'no ending'!r}")
+    tensors.check_target(path)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "settings": json.dumps({**asdict(settings), "next_id": next_id}),
-        "checksum": "0" * 8,
     }
-    header = tensors.header_of(arrays, metadata)
-    total = zlib.crc32(header)
-    for array in arrays.values():
-        total = zlib.crc32(tensors.bytes_of(array), total)
-    tensors.write(path, header.replace(b'"checksum":"00000000"', b'"checksum":"%08x"' % total), arrays)
+    entries = {name: (tensors.kind_of(array.dtype), array.shape) for name, array in arrays.items()}
+    tensors.write(path, entries, metadata, arrays.values())
 
 
 def read(path: Path, mmap: bool) -> tuple[Settings, int, dict[str, np.ndarray]]:
     """(settings, next_id, arrays) of an index, checked; ValueError where anything does not fit."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    with path.open("rb") as file:
+    with tensors.opened(path) as file:
         header = tensors.read_header(path, file)
         settings, next_id = _settings(path, header)
         missing = [name for name in KINDS if name not in header.names]
@@ -56,18 +42,14 @@ def read(path: Path, mmap: bool) -> tuple[Settings, int, dict[str, np.ndarray]]:
             raise ValueError(f"{path}: no index: {', '.join(missing)} missing")
         entries = {name: header.entry(name, kinds) for name, kinds in KINDS.items()}
         _check_shapes(path, settings, entries)
-        _check_sum(path, header, file)
+        tensors.check_sum(path, header, file)
         arrays = {n: tensors.mapped(file, e) if mmap else tensors.read(file, e) for n, e in entries.items()}
     _check_contents(path, settings, next_id, arrays)
     return settings, next_id, arrays
 
 
 def _settings(path: Path, header: tensors.Header) -> tuple[Settings, int]:
-    if header.metadata("format") != FORMAT:
-        raise ValueError(f"{path}: no index: its format is {header.metadata('format')!r}, expected {FORMAT!r}")
-    version = header.metadata("version")
-    if version != str(VERSION):
-        raise ValueError(f"{path}: written in version {version} of the format; this opoch_xp reads version {VERSION}")
+    tensors.check_format(path, header, "index", FORMAT, VERSION)
     try:
         given = json.loads(header.metadata("settings") or "")
         next_id = given.pop("next_id")
@@ -90,18 +72,6 @@ def _check_shapes(path: Path, settings: Settings, entries: dict[str, tensors.Ent
         raise ValueError(
             f"{path}: {tables:,} tables with {planes:,} bytes of hyperplanes do not fit {held:,} bytes of index"
         )
-
-
-def _check_sum(path: Path, header: tensors.Header, file: BinaryIO) -> None:
-    found = CHECKSUM.findall(header.raw)
-    if len(found) != 1:
-        raise ValueError(f"{path}: damaged: no checksum")
-    total = zlib.crc32(CHECKSUM.sub(b'"checksum":"00000000"', header.raw))
-    file.seek(tensors.LENGTH + len(header.raw))
-    while part := file.read(CHUNK):
-        total = zlib.crc32(part, total)
-    if b"%08x" % total != found[0]:
-        raise ValueError(f"{path}: damaged: the checksum is {found[0].decode()}, the contents give {total:08x}")
 
 
 def _check_contents(path: Path, settings: Settings, next_id: int, arrays: dict[str, np.ndarray]) -> None:

@@ -3,11 +3,17 @@
 8 bytes little-endian, the length of the header; the header, {name: {dtype, shape, data_offsets}, "__metadata__": {text:
 text}}; the data. Source: https://github.com/huggingface/safetensors#format. Every size is checked against the bytes
 that are there before memory is taken.
+
+Files written here have a checksum: CRC-32 of the header, its own digits as zeros, and of all that follows it.
 """
 
 import json
 import math
 import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +25,11 @@ from opoch_xp.writing import whole_file
 HEADER_LIMIT = 100_000_000  # bytes of a header: the limit of the format's own library
 ALIGN = 64  # bytes: where data begins in files written here, so that mapped rows lie on cache lines
 LARGEST = 1 << 63
+SUFFIX = ".safetensors"
 LENGTH = 8  # bytes of the number before the header
+CHUNK = 1 << 22  # bytes read at once for the checksum
+CHECKSUM_KEY, NO_SUM = b'"checksum":"', b"0" * 8
+CHECKSUM = re.compile(CHECKSUM_KEY + rb'([0-9a-f]{8})"')
 # bfloat16 is read as its bits
 DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
@@ -118,20 +128,76 @@ def bytes_of(array: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def header_of(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The header of a file of these arrays, one after another, filled up so that the data begin on ALIGN bytes."""
+def kind_of(dtype: np.dtype) -> str:
+    """The name that the format gives to a dtype."""
+    return NAMES[np.dtype(dtype)]
+
+
+def header_of(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """The header of a file of arrays, dtype's name and shape by name, one after another; filled up so that the data
+    begin on ALIGN bytes."""
     held: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        held[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        held[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(held, separators=(",", ":")).encode()
     return text + b" " * (-(LENGTH + len(text)) % ALIGN)
 
 
-def write(path: Path, header: bytes, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file, whole or not at all."""
+def write(
+    path: Path,
+    entries: dict[str, tuple[str, tuple[int, ...]]],
+    metadata: dict[str, str],
+    arrays: Iterable[np.ndarray],
+) -> None:
+    """Write a file, whole or not at all, with a checksum in its metadata; `arrays` in the order of the entries, each
+    taken when those before it are written."""
+    header = header_of(entries, {**metadata, "checksum": NO_SUM.decode()})
+    total = zlib.crc32(header)
     with whole_file(path) as file:
         file.write(len(header).to_bytes(LENGTH, "little") + header)
-        for array in arrays.values():
-            file.write(bytes_of(array))
+        for (name, (dtype, shape)), array in zip(entries.items(), arrays, strict=True):
+            assert (NAMES[array.dtype], array.shape) == (dtype, shape), name
+            data = bytes_of(array)
+            file.write(data)
+            total = zlib.crc32(data, total)
+        file.seek(LENGTH + header.index(CHECKSUM_KEY + NO_SUM) + len(CHECKSUM_KEY))
+        file.write(b"%08x" % total)
+
+
+def check_target(path: Path) -> None:
+    """ValueError unless a name has the ending of the format."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path}: expected a name ending in {SUFFIX}, got {path.suffix or 'no ending'!r}")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; FileNotFoundError where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    with path.open("rb") as file:
+        yield file
+
+
+def check_format(path: Path, header: Header, what: str, name: str, version: int) -> None:
+    """ValueError unless a file says that it is `what`, of the format and version named."""
+    if header.metadata("format") != name:
+        raise ValueError(f"{path}: no {what}: its format is {header.metadata('format')!r}, expected {name!r}")
+    found = header.metadata("version")
+    if found != str(version):
+        raise ValueError(f"{path}: written in version {found} of the format; this opoch_xp reads version {version}")
+
+
+def check_sum(path: Path, header: Header, file: BinaryIO) -> None:
+    """ValueError unless the contents of an open file are those that its checksum was made of."""
+    found = CHECKSUM.findall(header.raw)
+    if len(found) != 1:
+        raise ValueError(f"{path}: damaged: no checksum")
+    total = zlib.crc32(CHECKSUM.sub(CHECKSUM_KEY + NO_SUM + b'"', header.raw))
+    file.seek(LENGTH + len(header.raw))
+    while part := file.read(CHUNK):
+        total = zlib.crc32(part, total)
+    if b"%08x" % total != found[0]:
+        raise ValueError(f"{path}: damaged: the checksum is {found[0].decode()}, the contents give {total:08x}")

@@ -44,12 +44,13 @@ def taken(xp: Any, x: Array, index: np.ndarray) -> Array:
 
 def put(xp: Any, x: Array, starts: np.ndarray, source: Array, count: int) -> Array:
     """x[starts[i] : starts[i] + count] = source[i * count : (i + 1) * count] along the first axis, for every i."""
-    if isinstance(x, HostRows) or is_writeable_array(x):
-        data = x
-        if isinstance(x, HostRows):
-            data, source = x.data, source.data if isinstance(source, HostRows) else to_host(source)
+    if isinstance(x, HostRows):
+        source = source.data if isinstance(source, HostRows) else to_host(source)
+        put(np, x.data, starts, source, count)
+        return x
+    if is_writeable_array(x):
         for i, start in enumerate(starts.tolist()):
-            data[start : start + count, ...] = source[i * count : (i + 1) * count, ...]
+            x[start : start + count, ...] = source[i * count : (i + 1) * count, ...]
         return x
     place = np.full(x.shape[0], -1)
     place[(starts[:, None] + np.arange(count)).reshape(-1)] = np.arange(len(starts) * count)

@@ -1,2 +1,206 @@
-def write(*a): ...
-def read(*a): ...
+"""Saved caches: .safetensors with keys and values in the order of tokens, and how every chunk was split.
+
+Arrays are named `sequence.piece.what`: k and v (H_kv, m, ...) of a piece, and `order` (H_kv, m) where it is a chunk
+that is in a tree. Settings and a checksum are in the metadata. Summaries are not kept: they are made from the rest.
+Nothing is trusted: kinds and sizes are checked before memory is taken, contents before they are used.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+from opoch_xp import tensors
+from opoch_xp.arguments import DTYPES, to_host
+from opoch_xp.backends import kernels_for
+from opoch_xp.cache import forest, rows
+from opoch_xp.cache.layout import Layout
+from opoch_xp.methods import LSH, Exact, Method, Treecode, check_whole
+
+Array = Any
+FORMAT = "opoch_xp.KVCache"
+VERSION = 1
+METHODS: dict[str, type] = {kind.__name__: kind for kind in (Exact, LSH, Treecode)}
+SMALL = 1 << 30  # bytes of open blocks that a cache may need whatever it holds,
+TIMES = 1 << 10  # or so many times what it holds
+Span = tuple[int | None, int, int]
+
+
+def spans_of(method: Method, length: int, done: int) -> list[Span]:
+    """The pieces that a sequence is held in."""
+    return forest.spans(method, length, done) if isinstance(method, Treecode) else [*rows.spans(length)]
+
+
+def write(path: Path, method: Method, layout: Layout, store: Any) -> None:
+    """Write a cache, whole or not at all, a piece at a time."""
+    tensors.check_target(path)
+    kind = "F64" if dtype_name_of(layout.stored) == "float64" else "F32"
+    done = store.done if isinstance(method, Treecode) else np.zeros_like(store.lengths)
+    settings = {
+        "method": {"name": type(method).__name__, **asdict(method)},
+        "dtype": dtype_name_of(layout.dtype),
+        **{name: getattr(layout, name) for name in ("axes", "lead", "heads", "dim", "width")},
+        "lengths": store.lengths.tolist(),
+        "done": done.tolist(),
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(settings)}
+    shapes = Settings(path, settings).entries(kind)
+    tensors.write(path, shapes, metadata, _arrays(method, store, done, tensors.DTYPES[kind]))
+
+
+def _arrays(method: Method, store: Any, done: np.ndarray, kind: str) -> Iterator[np.ndarray]:
+    for sequence, length in enumerate(store.lengths.tolist()):
+        for tier, start, stop in spans_of(method, length, int(done[sequence])):
+            [(_, k, v)] = store.parts(np.array([sequence]), start, stop)
+            for x in (k, v):
+                yield np.ascontiguousarray(to_host(x)[0].astype(kind, copy=False))
+            if tier is not None:
+                yield np.ascontiguousarray(to_host(store.order(sequence, tier, start)).astype("<i4", copy=False))
+
+
+def dtype_name_of(dtype: Any) -> str:
+    return str(dtype).rsplit(".", 1)[-1].removesuffix("'>")
+
+
+class Settings:
+    """What the metadata of a file says, checked; ValueError where it cannot be."""
+
+    def __init__(self, path: Path, given: dict[str, Any]) -> None:
+        try:
+            method = dict(given["method"])
+            self.method: Method = METHODS[method.pop("name")](**method)
+            self.dtype, self.lead = given["dtype"], tuple(given["lead"])
+            self.axes, self.heads, self.dim, self.width = (given[name] for name in ("axes", "heads", "dim", "width"))
+            self.lengths, self.done = given["lengths"], given["done"]
+            for name in ("axes", "heads", "dim", "width"):
+                check_whole(name, getattr(self, name), 1)
+            for name in ("lead", "lengths", "done"):
+                for number in getattr(self, name):
+                    check_whole(name, number, 0, 2**48)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: damaged: its settings cannot be used ({error})") from None
+        self._check(path)
+
+    def _check(self, path: Path) -> None:
+        fits = self.dtype in DTYPES and self.axes == max(self.axes, 2 if self.heads == 1 else 3)
+        fits = fits and len(self.lead) == max(0, self.axes - 3)
+        fits = fits and prod(self.lead) == len(self.lengths) == len(self.done) > 0
+        block = self.method.block if isinstance(self.method, Treecode) else 1
+        for length, done in zip(self.lengths, self.done, strict=False):
+            if isinstance(self.method, Treecode):
+                fits = fits and done % block == 0 and max(0, length - 1) // block * block <= done <= length
+            else:
+                fits = fits and done == 0
+        if not fits:
+            raise ValueError(f"{path}: damaged: its settings do not fit one another")
+
+    @property
+    def row(self) -> int:
+        """Numbers of a key and its value."""
+        return self.dim + self.width
+
+    def entries(self, kind: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of every array, by name, in their order."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for sequence, (length, done) in enumerate(zip(self.lengths, self.done, strict=True)):
+            for number, (tier, start, stop) in enumerate(spans_of(self.method, length, done)):
+                name, size = f"{sequence}.{number}", stop - start
+                found[f"{name}.k"] = (kind, (self.heads, size, self.dim))
+                found[f"{name}.v"] = (kind, (self.heads, size, self.width))
+                if tier is not None:
+                    found[f"{name}.order"] = ("I32", (self.heads, size))
+        return found
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An open file of a cache, its settings and where its arrays lie; all of it checked but what the arrays hold."""
+
+    path: Path
+    file: BinaryIO
+    settings: Settings
+    entries: dict[str, tensors.Entry]
+
+    def layout(self, like: Array | None, backend: str | None) -> Layout:
+        """The layout of the cache that is to be: on the library and device of `like`."""
+        given, example = self.settings, np.zeros(0) if like is None else like
+        xp = array_namespace(example)
+        kernels = kernels_for(xp, backend)
+        stored = self.settings.dtype if self.settings.dtype in kernels.ACCEPTS else "float32"
+        dtype = getattr(xp, given.dtype, None)
+        if dtype is None:
+            raise ValueError(f"{self.path}: its dtype {given.dtype} is not one of {xp.__name__}'s: give like=")
+        stored = getattr(xp, stored)
+        kind, where = type(example), device(example)
+        sizes = given.axes, given.lead, given.heads, given.dim, given.width
+        return Layout(xp, kernels, kind, where, xp.zeros(0, dtype=dtype).dtype, stored, *sizes)
+
+    def restore(self, layout: Layout, store: Any) -> None:
+        """Fill an empty store. ValueError where keys or values are not finite, or an order is none."""
+        for sequence, (length, done) in enumerate(zip(self.settings.lengths, self.settings.done, strict=True)):
+            store.restore(sequence, done, self._pieces(layout, sequence, spans_of(self.settings.method, length, done)))
+
+    def _pieces(
+        self, layout: Layout, sequence: int, spans: list[Span]
+    ) -> Iterator[tuple[int | None, Array, Array, Any]]:
+        xp = layout.xp
+        for number, (tier, _, _) in enumerate(spans):
+            name = f"{sequence}.{number}"
+            arrays = [self._read(f"{name}.{what}") for what in ("k", "v")]
+            order = None if tier is None else self._order(f"{name}.order")
+            k, v = (xp.astype(xp.asarray(x[None], device=layout.device), layout.stored, copy=False) for x in arrays)
+            yield tier, k, v, None if order is None else xp.asarray(order, device=layout.device)
+
+    def _read(self, name: str) -> np.ndarray:
+        array = tensors.read(self.file, self.entries[name])
+        if not np.isfinite(array.sum(dtype=np.float64)) and not np.isfinite(array).all():
+            raise ValueError(f"{self.path}: {name} must be finite")
+        return array
+
+    def _order(self, name: str) -> np.ndarray:
+        order = tensors.read(self.file, self.entries[name]).astype(np.int64)
+        size = order.shape[1]
+        for row in order:
+            if int(row.min()) < 0 or int(row.max()) >= size or (np.bincount(row, minlength=size) != 1).any():
+                raise ValueError(f"{self.path}: {name} must name every row of its chunk once")
+        return order
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Saved]:
+    """A file of a cache, checked; ValueError where anything does not fit."""
+    with tensors.opened(path) as file:
+        header = tensors.read_header(path, file)
+        tensors.check_format(path, header, "cache", FORMAT, VERSION)
+        try:
+            given = json.loads(header.metadata("settings") or "")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged: its settings cannot be used ({error})") from None
+        settings = Settings(path, given)
+        kind = "F64" if settings.dtype == "float64" else "F32"
+        if sum(settings.lengths) > header.size:
+            raise ValueError(f"{path}: {sum(settings.lengths):,} tokens do not fit {header.size:,} bytes")
+        entries = {}
+        for name, (dtype, shape) in settings.entries(kind).items():
+            if name not in header.names:
+                raise ValueError(f"{path}: no cache: {name} missing")
+            entries[name] = header.entry(name, (dtype,))
+            if entries[name].shape != shape:
+                raise ValueError(f"{path}: {name} has shape {entries[name].shape}, expected {shape}")
+        _check_room(path, settings, sum(entry.bytes for entry in entries.values()))
+        tensors.check_sum(path, header, file)
+        yield Saved(path, file, settings, entries)
+
+
+def _check_room(path: Path, settings: Settings, held: int) -> None:
+    """ValueError where the arrays of an empty cache would take more memory than the file accounts for."""
+    room = settings.method.block if isinstance(settings.method, Treecode) else rows.FIRST
+    needed = 8 * len(settings.lengths) * settings.heads * room * settings.row
+    if needed > max(SMALL, TIMES * held):
+        raise ValueError(f"{path}: open blocks of {needed:,} bytes do not fit {held:,} bytes of cache")

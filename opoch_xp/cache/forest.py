@@ -6,7 +6,7 @@ takes the place of those of the tier below when it fills: every key is held once
 no more, is split anew where it is asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,19 @@ from opoch_xp.tree import Tree
 
 Array = Any
 STEP = 1 << 16  # tokens taken at a time, about
+
+
+def spans(method: Treecode, length: int, done: int) -> list[tuple[int | None, int, int]]:
+    """What a sequence is held in, in the order of its tokens: tier, first token and the one after the last of each
+    chunk, then those of the open block, whose tier is None."""
+    found: list[tuple[int | None, int, int]] = []
+    tier, stop = 0, done
+    while stop:
+        size = method.block * method.fan**tier
+        start = done // (size * method.fan) * size * method.fan
+        found[:0] = [(tier, low, low + size) for low in range(start, stop, size)]
+        tier, stop = tier + 1, start
+    return found + ([(None, done, length)] if done < length else [])
 
 
 class Forest:
@@ -140,24 +153,53 @@ class Forest:
 
     def parts(self, sequences: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, Array, Array]]:
         """Tokens [start, stop), chunk by chunk in their order: the number of the first, k and v (b, heads, m, ...)."""
-        xp, layout = self.layout.xp, self.layout
-        lead, done = (len(sequences), layout.heads), int(self.done[sequences[0]])
-        for trees in reversed(self.tiers):
-            low, high = self._held(trees.number, done)
-            first = trees.chunks(sequences) - low
-            for chunk in range(max(low, start // trees.size), min(high, -(-stop // trees.size))):
-                cells, order = (taken(xp, x, first + chunk) for x in (trees.tree.cells, trees.tree.order))
-                heads, size, width = cells.shape
-                order = xp.astype(xp.argsort(order, axis=1), xp.int64)  # of a permutation: its inverse
-                order = order + xp.arange(heads, device=device(order))[:, None] * size
-                cells = rows_of(xp, xp.reshape(cells, (heads * size, width)), order)
-                begin, end = max(start - chunk * trees.size, 0), min(stop - chunk * trees.size, trees.size)
-                cells = xp.reshape(cells[:, begin:end, :], (*lead, end - begin, -1))
-                yield chunk * trees.size + begin, cells[..., : layout.dim], cells[..., layout.dim :]
-        if stop > done:
-            begin = max(start, done)
-            k, v = (taken(xp, x, sequences)[:, :, begin - done : stop - done, :] for x in self.open)
+        done = int(self.done[sequences[0]])
+        for tier, first, last in spans(self.method, int(self.lengths[sequences[0]]), done):
+            begin, end = max(start, first), min(stop, last)
+            if begin >= end:
+                continue
+            if tier is None:
+                k, v = (taken(self.layout.xp, x, sequences)[:, :, begin - done : end - done, :] for x in self.open)
+            else:
+                k, v = (x[:, :, begin - first : end - first, :] for x in self._unsplit(sequences, tier, first))
             yield begin, k, v
+
+    def _unsplit(self, sequences: np.ndarray, tier: int, first: int) -> tuple[Array, Array]:
+        """Keys and values (b, heads, size, ...) of the chunk whose first token is named, in the order of tokens."""
+        xp, dim, trees = self.layout.xp, self.layout.dim, self.tiers[tier]
+        place = self._places(sequences, tier, first)
+        cells, order = (taken(xp, x, place) for x in (trees.tree.cells, trees.tree.order))
+        heads, size, width = cells.shape
+        order = xp.astype(xp.argsort(order, axis=1), xp.int64)  # of a permutation: its inverse
+        order = order + xp.arange(heads, device=device(order))[:, None] * size
+        cells = rows_of(xp, xp.reshape(cells, (heads * size, width)), order)
+        cells = xp.reshape(cells, (len(sequences), self.layout.heads, size, width))
+        return cells[..., :dim], cells[..., dim:]
+
+    def _places(self, sequences: np.ndarray, tier: int, first: int) -> np.ndarray:
+        """Where the chunk of a tier whose first token is named stands, for every head of the sequences."""
+        low, _ = self._held(tier, int(self.done[sequences[0]]))
+        return self.tiers[tier].chunks(sequences) + first // self._size(tier) - low
+
+    def order(self, sequence: int, tier: int, first: int) -> Array:
+        """Where the rows of a chunk came from, (heads, size)."""
+        return taken(self.layout.xp, self.tiers[tier].tree.order, self._places(np.array([sequence]), tier, first))
+
+    def restore(
+        self, sequence: int, done: int, pieces: Iterable[tuple[int | None, Array, Array, Array | None]]
+    ) -> None:
+        """Fill an empty sequence with what `spans` names: tier, k and v (1, heads, m, ...) and the order of a chunk."""
+        one, held = np.array([sequence]), 0
+        before = None
+        for tier, k, v, order in pieces:
+            self.lengths[sequence] += k.shape[2]
+            if tier is None:
+                self._write(one, 0, (k, v))
+                continue
+            held, before = (held + 1 if tier == before else 0), tier
+            self._trees(tier).add(one, held, self._built((k, v), tier, order), 1)
+        self.done[sequence] = done
+        self.memory.release()
 
     def rows(self, sequences: np.ndarray, start: int, stop: int) -> tuple[Array, ...]:
         """Tokens [start, stop), k and v (b, heads, stop - start, ...)."""
@@ -170,7 +212,7 @@ class Forest:
 
     def attend(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
         """Queries (b, heads, repeat, n_q, d) of the last n_q tokens, or, not causal, of any, against what is held."""
-        layout, xp, block = self.layout, self.layout.xp, self.method.block
+        xp, block = self.layout.xp, self.method.block
         n, n_q = int(self.lengths[sequences[0]]), q.shape[3]
         if not causal and n // block * block != self.done[sequences[0]]:
             self._become(sequences, n, n // block * block)  # every query sees the last block: it is one as others are
@@ -188,7 +230,7 @@ class Forest:
     def _local(
         self, sequences: np.ndarray, q: Array, causal: bool, scale: float
     ) -> tuple[Problem, tuple[Array, Array]]:
-        """What is exact: every query (b * heads, repeat, n_q, d) against its own block, or, not causal, the open one."""
+        """What is exact: queries (b * heads, repeat, n_q, d) against their own blocks, or, not causal, the open one."""
         xp, kernels, (heads, repeat, n_q, dim) = self.layout.xp, self._kernels, q.shape
         n, done, block = int(self.lengths[sequences[0]]), int(self.done[sequences[0]]), self.method.block
         first = max(0, n - n_q) // block * block if causal else done

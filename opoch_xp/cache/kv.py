@@ -14,6 +14,7 @@ from opoch_xp.attention import Attention, Report
 from opoch_xp.audit import Audit, check_rows, compared
 from opoch_xp.cache import file
 from opoch_xp.cache.forest import Forest
+from opoch_xp.cache.groups import entries, joined, of_columns, together
 from opoch_xp.cache.layout import (
     Columns,
     Layout,
@@ -61,9 +62,9 @@ class KVCache:
     Cost: a step, the rows it reads (see `Treecode`) a query head, whatever the length; the query heads of a key head
     share what they open where they make one group (`group` of the method). A token, 2 microseconds a head on average on
     two cores, d = 64; the token that follows a full chunk waits for its splitting: 2 ms a head for 2,048 keys, 30 for
-    32,768, 600 for 524,288 (measured: docs/decoding.md). Memory: keys and values, a ninth more for summaries at leaf=16,
-    and room to grow. Source: Barnes and Hut, 1986; the chunks of tiers, as in O'Neil et al., The log-structured
-    merge-tree, 1996.
+    32,768, 600 for 524,288 (measured: docs/decoding.md). Memory: keys and values, a ninth more for summaries at
+    leaf=16, and room to grow. Source: Barnes and Hut, 1986, for the tree; O'Neil et al., The log-structured merge-tree,
+    1996, for its growing.
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 1000, 8))
@@ -131,10 +132,10 @@ class KVCache:
         """
         layout, groups = self._checked(k, v, key_mask, check_finite)
         with self._changing(layout):
-            for sequences, k, v in groups:
+            for sequences, _, k, v in groups:
                 for some in alike(sequences, self._store.lengths):
                     for rows in self._steps(some, k.shape[2]):
-                        new = (_some(layout, x, sequences, some)[:, :, rows, :] for x in (k, v))
+                        new = (entries(layout, x, sequences, some)[:, :, rows, :] for x in (k, v))
                         self._store.append(some, *new)
 
     def attend(self, q: Array, *, causal: bool = True, scale: float | None = None) -> Attention:
@@ -159,7 +160,7 @@ class KVCache:
         found = []
         with np.errstate(all="ignore"):
             for some in self._store.alike():
-                part = _some(layout, queries, everyone, some)
+                part = entries(layout, queries, everyone, some)
                 found.append((some, self._solve(some, part, bool(causal), scale)))
         return self._result(q, found, sum(len(some) * self._seen(some, n_q, bool(causal)) for some, _ in found))
 
@@ -186,20 +187,19 @@ class KVCache:
         if q.shape[-2] != k.shape[-2]:
             raise ValueError(f"q and k must have the same tokens, got q {tuple(q.shape)}, k {tuple(k.shape)}")
         queries, found, seen = arranged_queries(layout, q), [], 0.0
-        kept = columns_kept(layout, key_mask, k)
         with self._changing(layout), np.errstate(all="ignore"):
-            for (sequences, keys, values), (_, columns) in zip(groups, kept, strict=True):
-                ours = _kept(layout, _some(layout, queries, np.arange(layout.batch), sequences), columns, 3)
+            for sequences, columns, keys, values in groups:
+                ours = of_columns(layout, entries(layout, queries, np.arange(layout.batch), sequences), columns, 3)
                 for some in alike(sequences, self._store.lengths):
                     solutions = []
                     for rows in self._steps(some, keys.shape[2]):
-                        new = (_some(layout, x, sequences, some)[:, :, rows, :] for x in (keys, values))
+                        new = (entries(layout, x, sequences, some)[:, :, rows, :] for x in (keys, values))
                         self._store.append(some, *new)
-                        part = _some(layout, ours, sequences, some)[:, :, :, rows, :]
+                        part = entries(layout, ours, sequences, some)[:, :, :, rows, :]
                         solutions.append(self._solve(some, part, True, scale))
                         seen += len(some) * self._seen(some, rows.stop - rows.start, True)
-                    joined = _joined(layout, solutions, q.shape[-2], columns, len(some), ours.shape[2])
-                    found.append((some, joined))
+                    whole = joined(layout, solutions, q.shape[-2], columns, len(some), ours.shape[2])
+                    found.append((some, whole))
         return self._result(q, found, seen)
 
     def audit(self, q: Array, *, causal: bool = True, scale: float | None = None, seed: int = 0) -> Audit:
@@ -217,14 +217,12 @@ class KVCache:
         found = []
         with np.errstate(all="ignore"):
             for some in self._store.alike():
-                part = _some(layout, queries, np.arange(layout.batch), some)
+                part = entries(layout, queries, np.arange(layout.batch), some)
                 found.append((some, self._exact(some, part, causal, scale)))
         exact = self._result(xp.astype(q, layout.summed, copy=False), found, 0.0)
-        out = xp.astype(result.out, layout.summed, copy=False)
-        pairs = (
-            xp.reshape(x, (*lead, n_q, *x.shape[len(q.shape) - 1 :])) for x in (out, result.lse, exact.out, exact.lse)
-        )
-        return compared(*pairs, self.method, tuple(q.shape[:-2]), seed=seed)
+        arrays = (result.out, result.lse, exact.out, exact.lse)
+        out, lse, exact_out, exact_lse = (xp.reshape(x, (*lead, *x.shape[len(q.shape) - 2 :])) for x in arrays)
+        return compared(out, lse, exact_out, exact_lse, self.method, tuple(q.shape[:-2]), seed=seed)
 
     def crop(self, n: int) -> None:
         """Keep the first n tokens of every sequence; a negative n drops the last -n of each.
@@ -301,13 +299,16 @@ class KVCache:
         one. Raises FileNotFoundError, or ValueError for a file of another kind or a later version, damaged, truncated
         or with contents that do not fit, or longer than the capacity.
         """
-        saved = file.read(Path(path))
-        cache = cls(saved.method, capacity, offload=offload, offload_finest=offload_finest, backend=backend)
-        if capacity is not None and saved.longest > capacity:
-            raise ValueError(f"{path}: holds {saved.longest:,} tokens, more than capacity={capacity:,}")
-        cache._layout = saved.layout(like, backend)
-        cache._store = cache._new_store(cache._layout)
-        saved.restore(cache._layout, cache._store)
+        with file.opened(Path(path)) as saved:
+            settings = saved.settings
+            cache = cls(settings.method, capacity, offload=offload, offload_finest=offload_finest, backend=backend)
+            longest = max(settings.lengths)
+            if capacity is not None and longest > capacity:
+                raise ValueError(f"{path}: holds {longest:,} tokens, more than capacity={capacity:,}")
+            layout = saved.layout(like, backend)
+            store = cache._new_store(layout)
+            saved.restore(layout, store)
+        cache._layout, cache._store = layout, store
         return cache
 
     def _new_store(self, layout: Layout) -> Any:
@@ -318,8 +319,8 @@ class KVCache:
 
     def _checked(
         self, k: Array, v: Array, key_mask: Array | None, finite: bool | None
-    ) -> tuple[Layout, list[tuple[np.ndarray, Array, Array]]]:
-        """The layout, and sequences with the keys and values that come to them, once all is known to fit."""
+    ) -> tuple[Layout, list[tuple[np.ndarray, Columns, Array, Array]]]:
+        """The layout, and sequences with the columns they keep and their keys and values, once all is known to fit."""
         check_numbers(k=k, v=v)
         layout = self._layout
         if layout is None:
@@ -330,7 +331,7 @@ class KVCache:
         held = np.zeros(layout.batch, np.int64) if self._store is None else self._store.lengths
         everyone, keys, values = np.arange(layout.batch), arranged(layout, k), arranged(layout, v)
         for sequences, columns in columns_kept(layout, key_mask, k):
-            new = [_kept(layout, _some(layout, x, everyone, sequences), columns, 2) for x in (keys, values)]
+            new = [of_columns(layout, entries(layout, x, everyone, sequences), columns, 2) for x in (keys, values)]
             check_finite(layout, finite, k=new[0], v=new[1])
             longest = int(held[sequences].max())
             if self.capacity is not None and longest + new[0].shape[2] > self.capacity:
@@ -338,7 +339,7 @@ class KVCache:
                     f"the cache is full: capacity={self.capacity:,}, it holds {longest:,} tokens and"
                     f" {new[0].shape[2]:,} more were given; crop it, or make one of a larger capacity"
                 )
-            groups.append((sequences, *new))
+            groups.append((sequences, columns, *new))
         return layout, groups
 
     @contextmanager
@@ -417,23 +418,13 @@ class KVCache:
         return float(visible_pairs(n_q, int(self._store.lengths[sequences[0]]), causal))
 
     def _result(self, q: Array, found: list[tuple[np.ndarray, Solution]], seen: float) -> Attention:
-        """Outputs of groups of sequences, in the caller's layout; seen: keys visible, summed over queries of sequences."""
+        """Outputs of groups of sequences, in the caller's layout; seen: keys visible, over all queries of sequences."""
         layout = self._layout
         assert layout is not None
-        xp, order = layout.xp, np.concatenate([some for some, _ in found])
-        arrays = []
-        for name in ("out", "lse"):
-            parts = [getattr(one, name) for _, one in found]
-            parts = [
-                xp.reshape(x, (len(some), layout.heads, *x.shape[1:]))
-                for x, (some, _) in zip(parts, found, strict=True)
-            ]
-            whole = parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
-            if len(parts) > 1:
-                whole = xp.take(whole, xp.asarray(np.argsort(order), device=device(whole)), axis=0)
-            arrays.append(whole)
-        out = xp.astype(xp.reshape(arrays[0], (*q.shape[:-1], layout.width)), q.dtype, copy=False)
-        lse = xp.reshape(arrays[1], q.shape[:-1])
+        xp = layout.xp
+        out, lse = (together(layout, name, found) for name in ("out", "lse"))
+        out = xp.astype(xp.reshape(out, (*q.shape[:-1], layout.width)), q.dtype, copy=False)
+        lse = xp.reshape(lse, q.shape[:-1])
         read: dict[str, float] = {}
         for some, one in found:
             for part, rows in one.rows.items():
@@ -456,38 +447,3 @@ def _folder(offload: str | Path | None) -> str | Path | None:
         raise FileNotFoundError(f"offload: no folder {path.absolute().parent}")
     path.mkdir(exist_ok=True)
     return path
-
-
-def _some(layout: Layout, x: Array, held: np.ndarray, wanted: np.ndarray) -> Array:
-    """The entries of x, those of the sequences `held`, that belong to `wanted`, which are among them."""
-    if len(held) == len(wanted):
-        return x
-    return layout.xp.take(x, layout.xp.asarray(np.searchsorted(held, wanted), device=device(x)), axis=0)
-
-
-def _kept(layout: Layout, x: Array, columns: Columns, axis: int) -> Array:
-    return x if columns is None else layout.xp.take(x, layout.xp.asarray(columns, device=device(x)), axis=axis)
-
-
-def _joined(
-    layout: Layout, solutions: list[Solution], tokens: int, columns: Columns, sequences: int, repeat: int
-) -> Solution:
-    """The outputs of one chunk after another as one of `tokens` columns, zeros where a column was not kept."""
-    xp, heads = layout.xp, sequences * layout.heads
-    counts = [one.out.shape[2] for one in solutions]
-    read = {
-        part: sum(float(one.rows.get(part, 0.0)) * count for one, count in zip(solutions, counts, strict=True)) / tokens
-        for part in {name for one in solutions for name in one.rows}
-    }
-    here = {"device": layout.device, "dtype": layout.summed}
-    nothing = xp.zeros((heads, repeat, 1, layout.width), **here), xp.full((heads, repeat, 1), -xp.inf, **here)
-    if columns is None and solutions:
-        whole = (xp.concat([getattr(one, name) for one in solutions], axis=2) for name in ("out", "lse"))
-        return Solution(*whole, read)
-    place = np.zeros(tokens, np.int64)  # of each column among those kept, after a row of nothing
-    place[[] if columns is None else columns] = 1 + np.arange(sum(counts))
-    index = xp.asarray(place, device=layout.device)
-    parts = (
-        [none, *(getattr(one, name) for one in solutions)] for name, none in zip(("out", "lse"), nothing, strict=True)
-    )
-    return Solution(*(xp.take(xp.concat(part, axis=2), index, axis=2) for part in parts), read)

@@ -22,8 +22,8 @@ Columns = np.ndarray | None  # the columns of an input that are kept; None: all
 class Layout:
     """The library, device, dtype and sizes of the keys and values of a cache.
 
-    lead: the axes before heads, () where there are two axes or three; batch: sequences, their product; kind: the type of
-    the arrays; dtype: as given; stored: what is kept, one that the kernels take.
+    lead: the axes before heads, () where there are two axes or three; batch: sequences, their product; kind: the type
+    of the arrays; dtype: as given; stored: what is kept, one that the kernels take.
     """
 
     xp: Any
@@ -115,7 +115,13 @@ def check_queries(layout: Layout, q: Array) -> None:
         raise TypeError(f"q must have the cache's dtype {_name(layout.dtype)}, got {dtype_name(q)}")
     shape = tuple(q.shape)
     heads = shape[-3] if len(shape) > 2 else layout.heads
-    if len(shape) != layout.axes or shape[:-3] != layout.lead or shape[-1] != layout.dim or heads % layout.heads:
+    if (
+        len(shape) != layout.axes
+        or shape[:-3] != layout.lead
+        or shape[-1] != layout.dim
+        or not heads
+        or heads % layout.heads
+    ):
         heads_of = f"a multiple of {layout.heads}, " if layout.axes > 2 else ""
         expected = f"({''.join(f'{n}, ' for n in layout.lead)}{heads_of}n_q, {layout.dim})"
         raise ValueError(f"q must have shape {expected}, to go with the cache's keys, got {shape}")

@@ -1,6 +1,6 @@
 """Keys and values in rows, as they came: what Exact and LSH read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,13 @@ from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import solve
 
 Array = Any
+STEP = 1 << 16  # tokens taken at a time
 FIRST = 256  # tokens that there is room for at first; the room doubles
+
+
+def spans(length: int, start: int = 0) -> list[tuple[None, int, int]]:
+    """Tokens, some at a time, as opoch_xp.cache.forest.spans names them."""
+    return [(None, low, min(low + STEP, length)) for low in range(start, length, STEP)]
 
 
 class Rows:
@@ -24,7 +30,7 @@ class Rows:
     lengths (batch,), host integers; sequences named together have the same.
     """
 
-    step = 1 << 16  # tokens taken at a time
+    step = STEP
 
     def __init__(self, layout: Layout, method: Exact | LSH, capacity: int | None, memory: Memory) -> None:
         self.layout, self.capacity, self.memory = layout, capacity, memory
@@ -64,15 +70,19 @@ class Rows:
 
     def parts(self, sequences: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, Array, Array]]:
         """Tokens [start, stop), some at a time: the number of the first, k and v (b, heads, m, ...)."""
-        for low in range(start, stop, self.step):
-            high = min(low + self.step, stop)
-            k, v = (taken(self.layout.xp, x[:, :, low:high, :], sequences) for x in self.held)
+        for _, low, high in spans(stop, start):
+            k, v = (taken(self.layout.xp, x, sequences)[:, :, low:high, :] for x in self.held)
             yield low, k, v
+
+    def restore(self, sequence: int, done: int, pieces: Iterable[tuple[Any, Array, Array, Any]]) -> None:
+        """Fill an empty sequence with what `spans` names, k and v (1, heads, m, ...)."""
+        for _, k, v, _ in pieces:
+            self.append(np.array([sequence]), k, v)
 
     def attend(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
         """Queries (b, heads, repeat, n_q, d) of the last n_q tokens, or, not causal, of any, against what is held."""
         xp, kernels, n = self.layout.xp, self.layout.kernels, int(self.lengths[sequences[0]])
-        heads, repeat, n_q, dim = len(sequences) * self.layout.heads, *q.shape[2:]
+        heads, (_, _, repeat, n_q, dim) = len(sequences) * self.layout.heads, q.shape
         if isinstance(self.method, Exact):  # rows have one shape whatever they hold
             k, v = (xp.reshape(taken(xp, x, sequences), (heads, x.shape[2], -1)) for x in self.held)
             last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat)
@@ -88,7 +98,7 @@ class Rows:
         return solve(Problem(xp, kernels, q, k, v, None, causal, scale), self._limited(causal))
 
     def _limited(self, causal: bool) -> LSH:
-        """The method with a largest bucket that does not grow with the tokens, so that no output depends on later ones."""
+        """The method with a largest bucket that does not grow with the tokens: no output depends on later ones."""
         assert isinstance(self.method, LSH)
         if not causal or self.method.max_bucket is not None or not self.method.bits:
             return self.method
