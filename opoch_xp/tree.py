@@ -3,9 +3,32 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from opoch_xp.arguments import to_host
 from opoch_xp.methods import Treecode
 
 Array = Any
+
+
+class HostRows:
+    """Rows that lie in host memory, or in a file, while a device computes: what it reads of them is fetched.
+
+    data (chunks, ...), NumPy's; `xp` and `where` the library and device that read it. The generic kernels take one for
+    the cells and the finest summaries of a tree.
+    """
+
+    def __init__(self, data: np.ndarray, xp: Any, where: Any) -> None:
+        self.data, self.xp, self.where = data, xp, where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def fetch(self, index: Array, rows: int) -> Array:
+        """Runs of `rows` rows, (*index.shape, rows, ...), by their number, on the device."""
+        flat = self.data.reshape(-1, rows, *self.data.shape[2:])
+        return self.xp.asarray(flat[to_host(index)], device=self.where)
 
 
 @dataclass(frozen=True)

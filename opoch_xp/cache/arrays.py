@@ -10,27 +10,9 @@ from array_api_compat import device, is_writeable_array
 
 from opoch_xp import index_values
 from opoch_xp.arguments import to_host
+from opoch_xp.tree import HostRows
 
 Array = Any
-
-
-class HostRows:
-    """Rows of a device's arrays that lie in host memory, or in a file: what a kernel reads of them is fetched.
-
-    data (chunks, ...), NumPy's; `xp` and `where` the library and device that read it.
-    """
-
-    def __init__(self, data: np.ndarray, xp: Any, where: Any) -> None:
-        self.data, self.xp, self.where = data, xp, where
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.data.shape
-
-    def fetch(self, index: Array, rows: int) -> Array:
-        """Runs of `rows` rows, (*index.shape, rows, ...), by their number, on the device."""
-        flat = self.data.reshape(-1, rows, *self.data.shape[2:])
-        return self.xp.asarray(flat[to_host(index)], device=self.where)
 
 
 def taken(xp: Any, x: Array, index: np.ndarray) -> Array:

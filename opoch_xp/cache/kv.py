@@ -208,17 +208,17 @@ class KVCache:
         Arguments as `attend`; every query is a row of the audit. Cost: a pass over all keys, chunk by chunk.
         """
         check_rows(1, seed)
+        layout, factor = self._ready(q, scale)
+        if q.shape[-2] == 0:
+            raise ValueError(f"q must hold at least one query, got q {tuple(q.shape)}")
         result = self.attend(q, causal=causal, scale=scale)
-        layout, scale = self._ready(q, scale)
-        xp, n_q, lead = layout.xp, q.shape[-2], (layout.batch, -1)
-        if n_q == 0:
-            raise ValueError("q must hold at least one query")
+        xp, lead = layout.xp, (layout.batch, -1)
         queries = xp.astype(arranged_queries(layout, q), layout.summed, copy=False)
         found = []
         with np.errstate(all="ignore"):
             for some in self._store.alike():
                 part = entries(layout, queries, np.arange(layout.batch), some)
-                found.append((some, self._exact(some, part, causal, scale)))
+                found.append((some, self._exact(some, part, causal, factor)))
         exact = self._result(xp.astype(q, layout.summed, copy=False), found, 0.0)
         arrays = (result.out, result.lse, exact.out, exact.lse)
         out, lse, exact_out, exact_lse = (xp.reshape(x, (*lead, *x.shape[len(q.shape) - 2 :])) for x in arrays)

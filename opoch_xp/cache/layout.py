@@ -150,7 +150,8 @@ def arranged_queries(layout: Layout, q: Array) -> Array:
     if not on_host(xp, q) or not _sum_is_finite(q):
         wide = xp.astype(q, layout.summed, copy=False)
         q = xp.astype(xp.where(xp.isfinite(wide), wide, xp.nan), layout.stored, copy=False)
-    return xp.reshape(q, (layout.batch, layout.heads, -1, *q.shape[-2:]))
+    repeat = 1 if layout.axes == 2 else q.shape[-3] // layout.heads
+    return xp.reshape(q, (layout.batch, layout.heads, repeat, *q.shape[-2:]))
 
 
 def _sum_is_finite(x: Array) -> bool:
@@ -161,7 +162,7 @@ def _sum_is_finite(x: Array) -> bool:
 def check_finite(layout: Layout, wanted: bool | None, **arrays: Array) -> None:
     """ValueError for keys or values that are not finite: looked for on the host, elsewhere where it is wanted."""
     for name, array in arrays.items():
-        if wanted or (wanted is None and on_host(layout.xp, array)):
+        if array.shape[-2] and (wanted or (wanted is None and on_host(layout.xp, array))):
             check_finite_array(layout.xp, name, layout.xp.reshape(array, (-1, *array.shape[-2:])))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from opoch_xp.arguments import HOST_LIBRARIES
 from opoch_xp.backends import library
-from opoch_xp.cache.arrays import HostRows
+from opoch_xp.tree import HostRows
 
 Array = Any
 HOST = "host"
@@ -28,9 +28,14 @@ class Memory:
 
     def __init__(self, xp: Any, where: Any, offload: str | Path | None) -> None:
         self.xp, self.where, self.offload = xp, where, offload
-        self.on_host = library(xp) in HOST_LIBRARIES or (library(xp) == "torch" and str(where) == "cpu")
+        self.on_host = self.is_host()
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._read = 0
+
+    def is_host(self) -> bool:
+        """Whether kernels read host memory as it is."""
+        name = library(self.xp)
+        return name in HOST_LIBRARIES or (name == "torch" and str(self.where) == "cpu")
 
     @property
     def mapped(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Lists, Tree, group_count, level_nodes, rows_read, splits
+from opoch_xp.tree import HostRows, Lists, Tree, group_count, level_nodes, rows_read, splits
 
 Array = Any
 ELEMENTS = 2**22  # rows gathered and logits held at a time: 16 MB each in float32
@@ -21,6 +21,13 @@ def rows_of(xp: Any, x: Array, index: Array) -> Array:
     """x[index] along the first axis, for an index of any shape."""
     taken = xp.take(x, xp.reshape(index, (-1,)), axis=0)
     return xp.reshape(taken, (*index.shape, *x.shape[1:]))
+
+
+def runs_of(xp: Any, x: Array | HostRows, index: Array, rows: int) -> Array:
+    """Runs of `rows` rows of x (chunks, size, ...), (*index.shape, rows, ...), by their number."""
+    if isinstance(x, HostRows):
+        return x.fetch(index, rows)
+    return rows_of(xp, xp.reshape(x, (-1, rows, *x.shape[2:])), index)
 
 
 def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None) -> Array:
@@ -274,7 +281,7 @@ def attend_groups(
     for level in range(depth, -1, -1):
         there = candidates < limit * nodes[level]
         node = xp.where(there, candidates + base * nodes[level], 0)
-        rows = rows_of(xp, xp.reshape(tree.summaries[level], (-1, tree.summaries[level].shape[2])), node)
+        rows = runs_of(xp, tree.summaries[level], node, 1)[..., 0, :]
         if tree.counts is None:
             size = xp.full(node.shape, float(tree.sizes[level]), dtype=q.dtype, device=here)
         else:
@@ -344,7 +351,7 @@ def _cells(xp: Any, tree: Tree, cells: Array, base: Array, limit: Array) -> tupl
     per_chunk, leaf = tree.summaries[0].shape[1], tree.leaf
     there = cells < limit * per_chunk
     node = xp.where(there, cells + base * per_chunk, 0)
-    rows = rows_of(xp, xp.reshape(tree.cells, (-1, leaf, tree.cells.shape[2])), node)
+    rows = runs_of(xp, tree.cells, node, leaf)
     kept = xp.broadcast_to(there[..., None], rows.shape[:-1])
     if tree.kept is not None:
         kept = kept & rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), node)

@@ -1,0 +1,471 @@
+"""KVCache: any chunking is one prefill, to rounding; what is refused changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Backend
+from hypothesis import given
+from hypothesis import strategies as st
+
+import opoch_xp as ox
+from opoch_xp.testing import assert_close, clustered, relative_error
+
+ALONE = ox.Treecode(block=16, fan=4, leaf=4, branch=2, top=4, group=1, open=4, near=2, own=1)
+METHODS = {
+    "treecode": ALONE,
+    "groups": ox.Treecode(block=16, fan=2, leaf=4, branch=4, top=8, group=8, open=4, near=4, own=0),
+    "exact": ox.Exact(),
+    "lsh": ox.LSH(bits=3, tables=2),
+}
+HASHING = pytest.mark.dynamic_shapes
+EVERY = [pytest.param(name, marks=HASHING) if name == "lsh" else name for name in METHODS]
+# 16 * 4 * 4 = 256 tokens fill a chunk of the third tier; then chunks of both others and a part of a block
+N = 256 + 64 + 2 * 16 + 5
+
+
+def arrays(n: int = N, heads: int = 4, key_heads: int = 2, batch: int = 2, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """q (batch, heads, n, 8), k and v (batch, key_heads, n, 8 and 6), float64."""
+    rng = np.random.default_rng(seed)
+    shapes = (batch, heads, n, 8), (batch, key_heads, n, 8), (batch, key_heads, n, 6)
+    q, k, v = (rng.standard_normal(shape) for shape in shapes)
+    return q, k, v
+
+
+class Caches:
+    """A cache of one backend, given and giving host arrays."""
+
+    def __init__(self, backend: Backend, method: Any = ALONE, **options: Any) -> None:
+        self.backend = backend
+        self.cache = ox.KVCache(method, backend=backend.name, **options)
+
+    def append(self, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None) -> None:
+        given = self.backend.array
+        self.cache.append(given(k), given(v), key_mask=None if mask is None else given(mask))
+
+    def attend(self, q: np.ndarray, causal: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        found = self.cache.attend(self.backend.array(q), causal=causal)
+        return self.backend.numpy(found.out), self.backend.numpy(found.lse)
+
+    def prefill(self, *qkv: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        given = self.backend.array
+        found = self.cache.prefill(*map(given, qkv), key_mask=None if mask is None else given(mask))
+        return self.backend.numpy(found.out), self.backend.numpy(found.lse)
+
+
+def whole(backend: Backend, method: Any, *qkv: np.ndarray, causal: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """attend in one call, without a cache."""
+    found = ox.attend(*map(backend.array, qkv), causal=causal, method=method, backend=backend.name, check=False)
+    return backend.numpy(found.out), backend.numpy(found.lse)
+
+
+def same(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...], what: str) -> None:
+    for name, a, b in zip(("out", "lse"), found, expected, strict=True):
+        assert_close(a, b, 1e-10, f"{what}: {name}")
+
+
+@pytest.mark.parametrize("name", ["treecode", "exact", pytest.param("lsh", marks=HASHING)])
+def test_prefill_is_one_call(backend: Backend, name: str) -> None:
+    q, k, v = arrays()
+    same(Caches(backend, METHODS[name]).prefill(q, k, v), whole(backend, METHODS[name], q, k, v), name)
+
+
+@pytest.mark.parametrize("name", ["treecode", "exact", pytest.param("lsh", marks=HASHING)])
+def test_token_by_token_is_prefill(backend: Backend, name: str) -> None:
+    n = 90 if backend.option in ("strict", "jax") or name == "lsh" else N
+    q, k, v = (x[:, :, :n] for x in arrays())
+    expected = whole(backend, METHODS[name], q, k, v)
+    caches, found = Caches(backend, METHODS[name]), []
+    for i in range(n):
+        one = slice(i, i + 1)
+        caches.append(k[:, :, one], v[:, :, one])
+        found.append(caches.attend(q[:, :, one]))
+    same(tuple(np.concatenate(x, axis=2) for x in zip(*found, strict=True)), expected, name)
+
+
+@given(st.data())
+def test_any_chunking_cropping_and_reach(backend: Backend, data: st.DataObject) -> None:
+    """Appends of any size, queries that reach back any distance, crops to anywhere, with a capacity and without."""
+    q, k, v = arrays(batch=1, heads=2, key_heads=1)
+    out, lse = whole(backend, ALONE, q, k, v)
+    caches = Caches(backend, ALONE, capacity=data.draw(st.sampled_from([None, N])))
+    n = 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        if n and data.draw(st.booleans()):
+            n = data.draw(st.integers(0, n))
+            caches.cache.crop(n)
+        more = data.draw(st.integers(0, N - n))
+        caches.append(k[:, :, n : n + more], v[:, :, n : n + more])
+        n += more
+        assert len(caches.cache) == n
+        if n:
+            reach = slice(n - data.draw(st.integers(1, n)), n)
+            same(caches.attend(q[:, :, reach]), (out[:, :, reach], lse[:, :, reach]), f"{reach} of {n}")
+
+
+@pytest.mark.parametrize("name", ["treecode", "exact", pytest.param("lsh", marks=HASHING)])
+@pytest.mark.parametrize("n", [1, 16, 64, 70, 256])
+def test_all_keys(backend: Backend, name: str, n: int) -> None:
+    """Not causal: every query sees every key, as in one call; then the last tokens go on as before."""
+    q, k, v = (x[:, :, : n + 1] for x in arrays())
+    caches = Caches(backend, METHODS[name])
+    caches.append(k[:, :, :n], v[:, :, :n])
+    expected = whole(backend, METHODS[name], q, k[:, :, :n], v[:, :, :n], causal=False)
+    same(caches.attend(q, causal=False), expected, "all")
+    same(caches.attend(q[:, :, :n]), whole(backend, METHODS[name], q[:, :, :n], k[:, :, :n], v[:, :, :n]), "causal")
+    caches.append(k[:, :, n:], v[:, :, n:])
+    last = tuple(x[:, :, n:] for x in whole(backend, METHODS[name], q, k, v))
+    same(caches.attend(q[:, :, n:]), last, "after")
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("name", ["treecode", "exact"])
+def test_padding(backend: Backend, name: str, side: str) -> None:
+    """Positions count from each sequence's first token; padding may hold anything, and its rows see nothing."""
+    q, k, v = arrays()
+    mask = np.ones((2, N), bool)
+    mask[1, {"left": slice(0, 50), "right": slice(N - 50, N), "both": slice(0, 20)}[side]] = False
+    if side == "both":
+        mask[1, -30:] = False
+    for x in (k, v):
+        x[1, :, ~mask[1]] = np.nan
+    caches = Caches(backend, METHODS[name])
+    out, lse = caches.prefill(q, k, v, mask=mask)
+    kept = np.flatnonzero(mask[1])
+    alone = [
+        whole(backend, METHODS[name], *(x[b : b + 1, :, rows] for x in (q, k, v)))
+        for b, rows in ((0, slice(None)), (1, kept))
+    ]
+    same((out[:1], lse[:1]), alone[0], "first")
+    same((out[1:, :, kept], lse[1:, :, kept]), alone[1], "second")
+    assert (out[1, :, ~mask[1]] == 0).all()
+    assert np.isneginf(lse[1, :, ~mask[1]]).all()
+    assert caches.cache.lengths.tolist() == [N, N - 50]
+    # a step of both, of different lengths
+    q1, k1, v1 = arrays(3, seed=1)
+    caches.append(k1, v1)
+    found = caches.attend(q1)
+    for b, rows in ((0, slice(None)), (1, kept)):
+        joined = [np.concatenate([x[b : b + 1, :, rows], y[b : b + 1]], axis=2) for x, y in ((q, q1), (k, k1), (v, v1))]
+        expected = tuple(x[:, :, -3:] for x in whole(backend, METHODS[name], *joined))
+        same(tuple(x[b : b + 1] for x in found), expected, f"step of {b}")
+
+
+def test_rows_before_a_short_sequence(backend: Backend) -> None:
+    q, k, v = (x[:, :, :5] for x in arrays())
+    caches = Caches(backend)
+    caches.append(k, v, np.array([[True] * 5, [False, False, False, True, True]]))
+    out, lse = caches.attend(q)
+    assert (out[1, :, :3] == 0).all()
+    assert np.isneginf(lse[1, :, :3]).all()
+    expected = whole(backend, ox.Exact(), q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:])
+    same((out[1:, :, 3:], lse[1:, :, 3:]), expected, "the rest")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_reorder_select_repeat(backend: Backend, name: str) -> None:
+    """Beams share what they have in common, and go their own ways."""
+    q, k, v = arrays(N, batch=3)
+    caches = Caches(backend, METHODS[name])
+    caches.append(k[:, :, :300], v[:, :, :300])
+    caches.cache.repeat(2)
+    before = caches.cache.nbytes
+    beams = np.array([0, 0, 1, 1, 2, 2])
+    order = np.array([5, 0, 1, 1, 3, 4])
+    caches.append(k[beams][:, :, 300:310] * np.arange(1, 7)[:, None, None, None], v[beams][:, :, 300:310])
+    caches.cache.reorder(backend.array(order))
+    more = [np.concatenate([x[beams][:, :, :300], x[beams][:, :, 300:310]], axis=2) for x in (k, v)]
+    more[0][:, :, 300:] *= np.arange(1, 7)[:, None, None, None]
+    more = [x[order] for x in more]
+    rest = [x[[0, 1, 2, 0, 1, 2]][:, :, 310:] for x in (q, k, v)]
+    queries = np.concatenate([q[beams][order][:, :, :310], rest[0]], axis=2)
+    keys, values = (np.concatenate([x, y], axis=2) for x, y in zip(more, rest[1:], strict=True))
+    found = caches.prefill(*rest)
+    if name != "groups":
+        expected = whole(backend, METHODS[name], queries, keys, values)
+        same(found, tuple(x[:, :, 310:] for x in expected), "beams")
+    caches.cache.select([4])
+    assert caches.cache.lengths.tolist() == [N]
+    assert caches.cache.nbytes <= before
+    held = Caches(backend, METHODS[name])
+    held.append(keys[4:5], values[4:5])
+    same(caches.attend(rest[0][4:5]), held.attend(rest[0][4:5]), "one of them")
+
+
+def test_shared_chunks_take_no_memory(backend: Backend) -> None:
+    """A prompt of 16 beams is held once, and a beam's own chunks when it has some."""
+    _, k, v = arrays(N, batch=1)
+    caches = Caches(backend)
+    caches.append(k[:, :, :330], v[:, :, :330])
+    before = caches.cache.nbytes
+    block = 2 * 16 * (8 + 6) * 8
+    caches.cache.repeat(16)
+    assert caches.cache.nbytes == before + 15 * block
+
+
+@pytest.mark.parametrize("shape", [(N, 8), (2, N, 8), (2, 3, 2, N, 8)])
+def test_axes(backend: Backend, shape: tuple[int, ...]) -> None:
+    """One head, heads, and several axes of sequences."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape) for _ in range(3))
+    caches = Caches(backend)
+    same(caches.prefill(q, k, v), whole(backend, ALONE, q, k, v), "prefill")
+    assert caches.cache.lengths.shape == shape[:-3]
+    assert caches.attend(q[..., :2, :])[0].shape == (*shape[:-2], 2, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_dtypes(backend: Backend, dtype: str) -> None:
+    if not backend.has(dtype):
+        pytest.skip(f"no {dtype}")
+    q, k, v = (x.astype(dtype) for x in arrays())
+    caches = Caches(backend)
+    out, lse = caches.prefill(q, k, v)
+    assert (out.dtype, lse.dtype) == (np.dtype(dtype), np.dtype("float32"))
+    assert_close(out, whole(backend, ALONE, q, k, v)[0], 1e-2 if dtype == "float16" else 1e-4, "out")
+
+
+def test_groups_stay_within_the_audited_error(backend: Backend) -> None:
+    """Groups of other queries open other nodes, and neighbours in a small chunk are not always close in space."""
+    q, k, v = (x[None, None] for x in clustered(3, 400, 8, clusters=20))
+    method = ox.Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=6, near=6, own=2)
+    exact = whole(backend, ox.Exact(), q, k, v)[0]
+    once = relative_error(whole(backend, method, q, k, v)[0], exact)
+    for step in (1, 7, 100):
+        caches, found = Caches(backend, method), []
+        for i in range(0, 400, step):
+            found.append(caches.prefill(*(x[:, :, i : i + step] for x in (q, k, v)))[0])
+        error = relative_error(np.concatenate(found, axis=2), exact)
+        assert error < 2 * once, (step, error, once)
+
+
+def test_query_heads_share_a_group(backend: Backend) -> None:
+    """In a step the query heads of a key head open the same nodes: a group of them, as of queries of one head."""
+    q, k, v = arrays(N, heads=8, key_heads=1, batch=1)
+    method = ox.Treecode(block=16, fan=4, leaf=4, branch=2, top=4, group=8, open=3, near=2, own=1)
+    caches = Caches(backend, method)
+    caches.append(k, v)
+    out, _ = caches.attend(q[:, :, -1:])
+    one = Caches(backend, method)
+    one.append(k, v)
+    expected, _ = one.attend(np.swapaxes(q[:, :, -1:], 1, 2), causal=False)  # one head of eight queries
+    # the queries that see all keys read the same forest, the block being incomplete
+    assert_close(out[:, :, 0], expected[:, 0], 1e-10, "one group")
+
+
+def test_report(backend: Backend) -> None:
+    q, k, v = arrays()
+    caches = Caches(backend)
+    found = caches.cache.prefill(*map(backend.array, (q, k, v)))
+    expected = ox.attend(*map(backend.array, (q, k, v)), causal=True, method=ALONE, backend=backend.name).report
+    assert found.report.rows.keys() == expected.rows.keys()
+    for part, rows in expected.rows.items():
+        assert found.report.rows[part] == pytest.approx(rows)
+    assert found.report.pairs == pytest.approx(expected.pairs)
+    assert found.report.method == ALONE
+
+
+def test_audit(backend: Backend) -> None:
+    q, k, v = arrays()
+    caches = Caches(backend)
+    caches.append(k, v)
+    queries = q[:, :, -40:]
+    found = caches.cache.audit(backend.array(queries))
+    exact = whole(backend, ox.Exact(), q, k, v)[0][:, :, -40:]
+    out = caches.attend(queries)[0]
+    wrong, right = (np.linalg.norm(x.reshape(8, -1), axis=1).reshape(2, 4) for x in (out - exact, exact))
+    assert_close(found.error, wrong / right, 1e-8, "error")
+    assert found.rows == 40
+    exactly = Caches(backend, ox.Exact())
+    exactly.append(k, v)
+    assert exactly.cache.audit(backend.array(queries)).error.max() < 1e-12
+
+
+def test_nothing_depends_on_later_tokens_in_lsh(backend: Backend) -> None:
+    """The largest bucket is fixed, by the capacity where there is one."""
+    if backend.option != "numpy":
+        pytest.skip("NumPy alone: the same driver for all")
+    q, k, v = (x[:1, :1] for x in arrays(1200))
+    method = ox.LSH(bits=1, tables=1)
+    for capacity in (None, 1200):
+        one, many = (ox.KVCache(method, capacity) for _ in range(2))
+        out = one.prefill(q, k, v).out
+        many.append(k[:, :, :700], v[:, :, :700])
+        assert_close(many.attend(q[:, :, 699:700]).out, out[:, :, 699:700], 1e-10, f"capacity={capacity}")
+
+
+def test_queries_that_are_not_finite(backend: Backend) -> None:
+    q, k, v = arrays()
+    caches = Caches(backend)
+    caches.append(k, v)
+    q = q[:, :, -2:].copy()
+    expected = caches.attend(q)
+    q[0, 1, 0] = np.inf
+    out, lse = caches.attend(q)
+    assert np.isnan(out[0, 1, 0]).all()
+    assert np.isnan(lse[0, 1, 0])
+    out[0, 1, 0], lse[0, 1, 0] = expected[0][0, 1, 0], expected[1][0, 1, 0]
+    same((out, lse), expected, "the others")
+
+
+def test_empty_calls(backend: Backend) -> None:
+    q, k, v = arrays()
+    caches = Caches(backend)
+    caches.append(k[:, :, :0], v[:, :, :0])
+    assert len(caches.cache) == 0
+    with pytest.raises(ValueError, match="the cache is empty"):
+        caches.attend(q[:, :, :1])
+    caches.append(k[:, :, :20], v[:, :, :20])
+    assert caches.attend(q[:, :, :0])[0].shape == (2, 4, 0, 6)
+    assert caches.prefill(q[:, :, :0], k[:, :, :0], v[:, :, :0])[0].shape == (2, 4, 0, 6)
+    assert len(caches.cache) == 20
+    caches.cache.crop(0)
+    assert len(caches.cache) == 0
+    caches.append(k[:, :, :20], v[:, :, :20])
+    same(
+        caches.attend(q[:, :, 19:20]),
+        tuple(x[:, :, 19:] for x in whole(backend, ALONE, q[:, :, :20], k[:, :, :20], v[:, :, :20])),
+        "again",
+    )
+
+
+def refusals(backend: Backend) -> dict[str, tuple[type[Exception], str, Any]]:
+    """What is refused: the error, what it says, and the call, given a full cache of (2, 2, N, 8 and 6)."""
+    q, k, v = arrays()
+    array = backend.array
+    wide, mask = array(k.astype("float32")), array(np.ones((2, 3), bool))
+    full = "the cache is full: capacity=400, it holds 357 tokens and 357 more"
+    heads = r"q must have shape \(2, a multiple of 2, n_q, 8\)"
+    many = array(np.repeat(q[:, :, :1], N + 1, 2))
+    uneven = [array(x[:, :, :size]) for x, size in ((q, 2), (k, 3), (v, 3))]
+    return {
+        "heads": (ValueError, r"k must have shape \(2, 2, n, 8\)", lambda c: c.append(array(k[:, :1]), array(v))),
+        "dim": (ValueError, "k must have shape", lambda c: c.append(array(k[..., :5]), array(v))),
+        "width": (ValueError, r"v must have shape \(2, 2, n, 6\)", lambda c: c.append(array(k), array(v[..., :5]))),
+        "batch": (ValueError, "k must have shape", lambda c: c.append(array(k[:1]), array(v[:1]))),
+        "axes": (ValueError, "k must have shape", lambda c: c.append(array(k[0]), array(v[0]))),
+        "dtype": (TypeError, "cache's dtype float64, got float32", lambda c: c.append(wide, array(v))),
+        "tokens": (ValueError, "same tokens", lambda c: c.append(array(k[:, :, :3]), array(v[:, :, :2]))),
+        "no array": (TypeError, "k must be an array", lambda c: c.append([1.0], array(v))),
+        "finite": (ValueError, "k must be finite", lambda c: c.append(array(k * np.inf), array(v))),
+        "mask": (ValueError, "key_mask must have shape", lambda c: c.append(array(k), array(v), key_mask=mask)),
+        "full": (ValueError, full, lambda c: c.append(array(k), array(v))),
+        "queries": (ValueError, "holds 357, got 358 queries", lambda c: c.attend(many)),
+        "query heads": (ValueError, heads, lambda c: c.attend(array(q[:, :3]))),
+        "query dtype": (TypeError, "q must have the cache's dtype", lambda c: c.attend(array(q.astype("float32")))),
+        "scale": (ValueError, "scale must be a finite number", lambda c: c.attend(array(q), scale=float("nan"))),
+        "prefill": (ValueError, "q and k must have the same tokens", lambda c: c.prefill(*uneven)),
+        "crop": (ValueError, "at most the 357 tokens", lambda c: c.crop(358)),
+        "crop from the end": (ValueError, "leave tokens to keep", lambda c: c.crop(-358)),
+        "crop to what": (TypeError, "whole number of tokens", lambda c: c.crop(1.5)),
+        "select": (ValueError, "from 0 to 1", lambda c: c.select([0, 2])),
+        "select none": (ValueError, "at least one", lambda c: c.select(np.zeros(0, int))),
+        "reorder": (ValueError, "must name 2 sequences, got 1", lambda c: c.reorder([0])),
+        "repeat": (ValueError, "n must be a whole number", lambda c: c.repeat(0)),
+        "audit": (ValueError, "at least one query", lambda c: c.audit(array(q[:, :, :0]))),
+    }
+
+
+@pytest.mark.parametrize("what", [
+    "heads", "dim", "width", "batch", "axes", "dtype", "tokens", "no array", "finite", "mask", "full", "queries",
+    "query heads", "query dtype", "scale", "prefill", "crop", "crop from the end", "crop to what", "select",
+    "select none", "reorder", "repeat", "audit",
+])  # fmt: skip
+def test_what_is_refused_changes_nothing(backend: Backend, what: str) -> None:
+    if what == "finite" and backend.option == "jax":
+        pytest.skip("looked for on the host alone")
+    q, k, v = arrays()
+    caches = Caches(backend, ALONE, capacity=400)
+    caches.append(k, v)
+    before = caches.attend(q[:, :, -3:])
+    error, message, call = refusals(backend)[what]
+    with pytest.raises(error, match=message):
+        call(caches.cache)
+    assert caches.cache.lengths.tolist() == [N, N]
+    same(caches.attend(q[:, :, -3:]), before, "as it was")
+
+
+def test_a_failure_inside_changes_nothing(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trees that cannot be built, of a second piece that is taken: the first is taken back."""
+    q, k, v = arrays()
+    caches = Caches(backend)
+    caches.append(k[:, :, :70], v[:, :, :70])
+    before = caches.attend(q[:, :, -3:])
+    store, built = caches.cache._store, caches.cache._store._built
+    store.step, calls = 64, []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise MemoryError("none left")
+        return built(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_built", fails)
+        with pytest.raises(MemoryError):
+            caches.append(k[:, :, 70:], v[:, :, 70:])
+    assert caches.cache.lengths.tolist() == [70, 70]
+    same(caches.attend(q[:, :, -3:]), before, "as it was")
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"method": 3}, TypeError, "method must be one of"),
+    ({"capacity": 0}, ValueError, "capacity must be a whole number of at least 1"),
+    ({"offload": "no/such/folder"}, FileNotFoundError, "offload: no folder"),
+    ({"offload": 3}, TypeError, 'offload must be None, "host" or a folder'),
+    ({"offload": __file__}, NotADirectoryError, "is a file, expected a folder"),
+    ({"offload": "host", "method": ox.Exact()}, ValueError, "offload needs a Treecode"),
+    ({"offload_finest": True}, ValueError, "needs offload="),
+])  # fmt: skip
+def test_options_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ox.KVCache(**options)
+
+
+def test_batch_calls_need_sequences(backend: Backend) -> None:
+    _, k, v = (x[0] for x in arrays())
+    with pytest.raises(ValueError, match="needs one axis of sequences"):
+        ox.KVCache().reorder([0])
+    caches = Caches(backend)
+    caches.append(k, v)
+    with pytest.raises(ValueError, match=r"the cache holds axes \(\) before heads"):
+        caches.cache.select([0])
+
+
+def test_offload_is_the_same(backend: Backend, tmp_path: Path) -> None:
+    """Keys and values on the host or in files: the same bits."""
+    q, k, v = arrays()
+    plain = Caches(backend)
+    plain.append(k, v)
+    expected = plain.attend(q[:, :, -20:])
+    for offload in ("host", tmp_path / "new"):
+        for finest in (False, True):
+            caches = Caches(backend, ALONE, offload=offload, offload_finest=finest)
+            for i in range(0, N, 50):
+                caches.append(k[:, :, i : i + 50], v[:, :, i : i + 50])
+            same(caches.attend(q[:, :, -20:]), expected, f"{offload} {finest}")
+            caches.cache.repeat(2)
+            caches.cache._store.memory.release()
+            caches.append(k[[0, 0, 1, 1]][:, :, :40], v[[0, 0, 1, 1]][:, :, :40])
+            caches.cache.select([0, 2])
+            caches.cache.crop(N)
+            same(caches.attend(q[:, :, -20:]), expected, f"{offload} {finest}, cropped")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_fetched_cells(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device, what is opened is fetched from the host: made believe here, where there is none."""
+    from opoch_xp.cache import memory
+
+    q, k, v = arrays()
+    plain = Caches(backend)
+    expected = plain.prefill(q, k, v)
+    monkeypatch.setattr(memory.Memory, "is_host", lambda self: False)
+    caches = Caches(backend, ALONE, offload="host")
+    same(caches.prefill(q, k, v), expected, "prefill")
+    trees = caches.cache._store.tiers[0].tree
+    assert type(trees.cells).__name__ == "HostRows"
+    caches.cache.crop(300)
+    caches.append(k[:, :, 300:], v[:, :, 300:])
+    same(caches.attend(q[:, :, -20:]), tuple(x[:, :, -20:] for x in expected), "cropped")
