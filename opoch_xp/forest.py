@@ -171,7 +171,7 @@ def _tier_parts(problem: Problem, method: Treecode, tier: Tier) -> Iterator[Part
     """Parts of one tier: the queries of each piece against the trees of the chunks they may see."""
     k, v, mask = tier_keys(problem, tier)
     tree = problem.kernels.build_tree(k, v, key_axes(tier.number, tier.size, method, k.shape[-1]), method, mask=mask)
-    for runs in tier_runs(problem.q.shape, problem.n_k, method, tier, first_chunks(len(problem.q), tier)):
+    for runs in tier_runs(problem.q.shape, problem.n_k, method, tier, first_chunks(problem.q.shape[0], tier)):
         yield attend_tier(problem, method, tree, runs)
 
 

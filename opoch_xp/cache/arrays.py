@@ -30,6 +30,7 @@ def put(xp: Any, x: Array, starts: np.ndarray, source: Array, count: int) -> Arr
         source = source.data if isinstance(source, HostRows) else to_host(source)
         put(np, x.data, starts, source, count)
         return x
+    source = xp.astype(source, x.dtype, copy=False)
     if is_writeable_array(x):
         for i, start in enumerate(starts.tolist()):
             x[start : start + count, ...] = source[i * count : (i + 1) * count, ...]
@@ -37,7 +38,7 @@ def put(xp: Any, x: Array, starts: np.ndarray, source: Array, count: int) -> Arr
     place = np.full(x.shape[0], -1)
     place[(starts[:, None] + np.arange(count)).reshape(-1)] = np.arange(len(starts) * count)
     index = xp.asarray(place, device=device(x))
-    found = xp.astype(xp.take(source, xp.where(index < 0, 0, index), axis=0), x.dtype, copy=False)
+    found = xp.take(source, xp.where(index < 0, 0, index), axis=0)
     return xp.where(xp.reshape(index >= 0, (-1, *[1] * (x.ndim - 1))), found, x)
 
 

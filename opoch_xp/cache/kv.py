@@ -248,31 +248,29 @@ class KVCache:
         A sequence may be named again: complete chunks are then shared until one of the copies grows. Raises ValueError
         unless the cache has one axis of sequences and the indices are theirs.
         """
-        layout = self._batched("select")
-        numbers = np.asarray(indices if isinstance(indices, list | tuple | range) else to_host(indices))
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
-            raise ValueError(f"indices must be whole numbers along one axis, at least one, got {indices!r}")
-        if int(numbers.min()) < 0 or int(numbers.max()) >= layout.batch:
-            raise ValueError(f"indices must be from 0 to {layout.batch - 1}, got {indices!r}")
-        self._layout = replace(layout, lead=(len(numbers),))
-        self._store.select(numbers.astype(np.int64), self._layout)
+        self._select(self._batched("select"), _numbers(indices))
 
     def reorder(self, indices: Any) -> None:
         """`select` with as many indices as there are sequences: what beams of a beam search go on from.
 
         Cost: the open block of each sequence is copied; complete chunks are not.
         """
-        layout = self._batched("reorder")
-        if len(indices) != layout.batch:
-            raise ValueError(
-                f"indices must name {layout.batch} sequences, got {len(indices)}; select changes the number"
-            )
-        self.select(indices)
+        layout, numbers = self._batched("reorder"), _numbers(indices)
+        if len(numbers) != layout.batch:
+            raise ValueError(f"indices must name {layout.batch} sequences, got {len(numbers)}: select changes how many")
+        self._select(layout, numbers)
+
+    def _select(self, layout: Layout, numbers: np.ndarray) -> None:
+        if int(numbers.min()) < 0 or int(numbers.max()) >= layout.batch:
+            raise ValueError(f"indices must be from 0 to {layout.batch - 1}, got {numbers.tolist()}")
+        self._layout = replace(layout, lead=(len(numbers),))
+        self._store.select(numbers, self._layout)
 
     def repeat(self, n: int) -> None:
         """Every sequence n times in a row: beams, or samples, of a prompt; complete chunks are shared."""
         check_whole("n", n, 1)
-        self.select(np.arange(self._batched("repeat").batch).repeat(n))
+        layout = self._batched("repeat")
+        self._select(layout, np.arange(layout.batch).repeat(n))
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a .safetensors file, whole or not at all: keys and values in the order of tokens, and the
@@ -447,3 +445,11 @@ def _folder(offload: str | Path | None) -> str | Path | None:
         raise FileNotFoundError(f"offload: no folder {path.absolute().parent}")
     path.mkdir(exist_ok=True)
     return path
+
+
+def _numbers(indices: Any) -> np.ndarray:
+    """Host integers of a list or an array of whole numbers."""
+    numbers = np.asarray(indices if isinstance(indices, list | tuple | range) else to_host(indices))
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
+        raise ValueError(f"indices must be whole numbers along one axis, at least one, got {indices!r}")
+    return numbers.astype(np.int64)

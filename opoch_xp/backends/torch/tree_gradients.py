@@ -46,7 +46,7 @@ def forest_backward(problem: Problem, method: Treecode, lse: Tensor, dout: Tenso
         k, v, mask = tier_keys(problem, tier)
         tree = build_tree(k, v, key_axes(tier.number, tier.size, method, k.shape[-1]), method, mask=mask)
         gradients = TreeGradients(tree)
-        for runs in tier_runs(problem.q.shape, problem.n_k, method, tier, first_chunks(len(problem.q), tier)):
+        for runs in tier_runs(problem.q.shape, problem.n_k, method, tier, first_chunks(problem.q.shape[0], tier)):
             queries = runs.of_queries(xp, problem.q)
             parts = (runs.of_queries(xp, x) for x in whole)
             found = gradients.add(queries, runs.first, runs.count, runs.axes, method, problem.scale, *parts)
