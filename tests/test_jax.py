@@ -132,3 +132,28 @@ def test_codes_need_64_bits() -> None:
         assert ox.attention(x, x, x, causal=True, method=SMALL).dtype == jnp.float32  # needs no more than 32
     finally:
         jax.config.update("jax_enable_x64", True)
+
+
+def test_a_cache_of_fixed_capacity_compiles_for_few_shapes() -> None:
+    """Steps compile where a tier gets its first chunk or twice as many; between, nothing, whatever the length."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((heads, 200, 8))) for heads in (4, 2, 2))
+    method = ox.Treecode(block=8, leaf=4, fan=16, branch=2, top=2, group=1, open=3, near=2, own=0)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    cache, counts, found = ox.KVCache(method, capacity=200), [], []
+    for i in range(200):
+        before = len(compiled)
+        cache.append(k[:, i : i + 1], v[:, i : i + 1])
+        found.append(cache.attend(q[:, i : i + 1]).out)
+        counts.append(len(compiled) - before)
+    assert counts[0] > 0
+    steps = {step for step, count in enumerate(counts) if count}
+    assert steps <= {0, 8, 16, 24, 40, 72, 128, 136}, steps  # a first chunk, then 2, 4 and 8 of them; the second tier
+    host = [np.asarray(x) for x in (q, k, v)]
+    expected = ox.attention(*host, causal=True, method=method, backend="generic", check=False)
+    assert_close(np.concatenate(found, axis=1), expected, rounding(*host))
+    with pytest.raises(ValueError, match=r"append and attend outside jax\.jit"):
+        jax.jit(cache.attend)(q[:, :1])

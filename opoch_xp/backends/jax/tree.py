@@ -33,7 +33,7 @@ def tree_attention(
     lists: Lists | None = None,
 ) -> tuple[Array, Array]:
     """See opoch_xp.backends.generic.tree.tree_attention."""
-    most = most_chunks(count)
+    most = 1 << (most_chunks(count) - 1).bit_length()  # few shapes: a cache that grows is compiled for few of them
     return _attend(queries, tree, first, count, axes, scale, groups, lists, method=method, most=most)
 
 
