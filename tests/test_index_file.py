@@ -1,7 +1,5 @@
 """Files of an index: what was saved comes back; whatever is done to a file, it is refused whole."""
 
-import json
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import Backend
+from hostile import entry, metadata, rewritten, with_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_index import lists, made, normal
@@ -159,20 +158,6 @@ def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path, saved: bytes
         refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
 
 
-def rewritten(saved: bytes, change: Any, data: bytes | None = None) -> bytes:
-    """The file with a header changed by `change(header)` and, if given, other data, its checksum made right again."""
-    length = int.from_bytes(saved[:8], "little")
-    header = json.loads(saved[8 : 8 + length])
-    change(header)
-    header["__metadata__"]["checksum"] = "0" * 8
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    rest = saved[8 + length :] if data is None else data
-    total = zlib.crc32(rest, zlib.crc32(text))
-    text = text.replace(b'"checksum":"00000000"', b'"checksum":"%08x"' % total)
-    return len(text).to_bytes(8, "little") + text + rest
-
-
 def test_the_checksum_can_be_made_right(tmp_path: Path, saved: bytes) -> None:
     """Or the tests below would show nothing."""
     path = tmp_path / "same.safetensors"
@@ -180,52 +165,36 @@ def test_the_checksum_can_be_made_right(tmp_path: Path, saved: bytes) -> None:
     assert len(ox.LSHIndex.load(path)) == 20
 
 
-def _with_settings(**values: Any) -> Any:
-    def change(header: dict[str, Any]) -> None:
-        held = json.loads(header["__metadata__"]["settings"])
-        header["__metadata__"]["settings"] = json.dumps({**held, **values})
-
-    return change
-
-
-def _entry(name: str, **values: Any) -> Any:
-    return lambda header: header[name].update(values)
-
-
-def _metadata(**values: Any) -> Any:
-    return lambda header: header["__metadata__"].update(values)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_metadata(version="2"), "written in version 2 of the format; this opoch_xp reads version 1"),
-        (_metadata(format="other"), "no index: its format is 'other'"),
+        (metadata(version="2"), "written in version 2 of the format; this opoch_xp reads version 1"),
+        (metadata(format="other"), "no index: its format is 'other'"),
         (lambda header: header.update(__metadata__={"checksum": "0"}), "no index: its format is None"),
-        (_metadata(settings="[]"), "settings cannot be used"),
-        (_metadata(settings="{"), "settings cannot be used"),
-        (_with_settings(other=1), "settings cannot be used"),
-        (_with_settings(next_id="x"), "next_id must be a whole number"),
-        (_with_settings(dim=6), r"x has shape \(20, 5\), expected \(20, 6\)"),
-        (_with_settings(tables=10**12), "expected"),
-        (_with_settings(tables=10**9, dim=10**9), "expected"),
-        (_with_settings(bits=6), "codes of table 0 do not ascend from 0 to 63"),
-        (_with_settings(bits=10**15), "bits must be a whole number from 0 to 62"),
-        (_with_settings(bits="many"), "bits must be a whole number from 0 to 62"),
-        (_with_settings(metric="dot"), "metric must be one of"),
-        (_with_settings(probes=0), "probes must be"),
-        (_with_settings(next_id=4), "ids must differ and be from 0 to 3"),
-        (_entry("x", shape=[1 << 40, 5]), "needs .* bytes, the file holds"),
-        (_entry("x", shape=[-20, -5]), "must be whole numbers from 0 to 2\\*\\*63"),
-        (_entry("x", shape=[True, 100]), "must be whole numbers from 0 to 2\\*\\*63"),
-        (_entry("x", dtype="F16", shape=[20, 10]), "x must be F32 or F64, got F16"),
-        (_entry("x", dtype="I32"), "x must be F32 or F64, got I32"),
-        (_entry("ids", shape=[4, 5]), "ids has shape"),
-        (_entry("order", data_offsets=[0, 1 << 62]), "the file holds"),
-        (_entry("order", data_offsets=[0]), "header is not that"),
+        (metadata(settings="[]"), "settings cannot be used"),
+        (metadata(settings="{"), "settings cannot be used"),
+        (with_settings(other=1), "settings cannot be used"),
+        (with_settings(next_id="x"), "next_id must be a whole number"),
+        (with_settings(dim=6), r"x has shape \(20, 5\), expected \(20, 6\)"),
+        (with_settings(tables=10**12), "expected"),
+        (with_settings(tables=10**9, dim=10**9), "expected"),
+        (with_settings(bits=6), "codes of table 0 do not ascend from 0 to 63"),
+        (with_settings(bits=10**15), "bits must be a whole number from 0 to 62"),
+        (with_settings(bits="many"), "bits must be a whole number from 0 to 62"),
+        (with_settings(metric="dot"), "metric must be one of"),
+        (with_settings(probes=0), "probes must be"),
+        (with_settings(next_id=4), "ids must differ and be from 0 to 3"),
+        (entry("x", shape=[1 << 40, 5]), "needs .* bytes, the file holds"),
+        (entry("x", shape=[-20, -5]), "must be whole numbers from 0 to 2\\*\\*63"),
+        (entry("x", shape=[True, 100]), "must be whole numbers from 0 to 2\\*\\*63"),
+        (entry("x", dtype="F16", shape=[20, 10]), "x must be F32 or F64, got F16"),
+        (entry("x", dtype="I32"), "x must be F32 or F64, got I32"),
+        (entry("ids", shape=[4, 5]), "ids has shape"),
+        (entry("order", data_offsets=[0, 1 << 62]), "the file holds"),
+        (entry("order", data_offsets=[0]), "header is not that"),
         (lambda header: header.pop("codes"), "no index: codes missing"),
         (lambda header: header.update(codes=3), "header is not that"),
-        (_entry("order", data_offsets=[0, 240]), "order of table"),  # the vectors, read as places
+        (entry("order", data_offsets=[0, 240]), "order of table"),  # the vectors, read as places
     ],
 )
 def test_hostile_headers(tmp_path: Path, saved: bytes, change: Any, words: str) -> None:

@@ -1,0 +1,197 @@
+"""Saved caches: they go on where they were; what is damaged or made to deceive is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import Backend
+from hostile import entry, metadata, rewritten, with_settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cache import ALONE, METHODS, Caches, N, arrays
+
+import opoch_xp as ox
+from opoch_xp import writing
+
+SAVED = ox.Treecode(block=8, fan=2, leaf=4, branch=2, top=2, group=4, open=2, near=1, own=1)
+HASHING = pytest.mark.dynamic_shapes
+EVERY = [pytest.param(name, marks=HASHING) if name == "lsh" else name for name in METHODS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_cache_goes_on_where_it_was(backend: Backend, tmp_path: Path, name: str, dtype: str) -> None:
+    """The same bits, now and after more tokens, a crop and a choice of sequences."""
+    if not backend.has(dtype):
+        pytest.skip(f"no {dtype}")
+    q, k, v = (x.astype(dtype) for x in arrays())
+    mask = np.ones((2, N), bool)
+    mask[0, :40] = False
+    caches = Caches(backend, METHODS[name])
+    caches.append(k, v, mask)
+    path = tmp_path / "prompt.safetensors"
+    caches.cache.save(path)
+    like = None if backend.library.xp.__name__ == "array_api_compat.numpy" else backend.array(k)
+    other = Caches(backend, METHODS[name])
+    other.cache = ox.KVCache.load(path, like=like, backend=backend.name)
+    assert other.cache.method == METHODS[name]
+    assert other.cache.lengths.tolist() == [N - 40, N]
+    for step in range(3):
+        for ours, theirs in zip(caches.attend(q[:, :, -5:]), other.attend(q[:, :, -5:]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        for one in (caches, other):
+            if step == 0:
+                one.append(k[:, :, :100], v[:, :, :100])
+                one.cache.crop(300)
+            elif step == 1:
+                one.cache.select([1, 0])
+
+
+def test_what_is_in_a_file(tmp_path: Path) -> None:
+    """Anybody's library reads it: keys and values in the order of tokens."""
+    _, k, v = arrays(batch=1)
+    cache = ox.KVCache(ALONE)
+    cache.append(k, v)
+    path = tmp_path / "prompt.safetensors"
+    cache.save(path)
+    held = safetensors.numpy.load_file(path)
+    pieces = sorted({int(name.split(".")[1]) for name in held})
+    for name, whole in (("k", k), ("v", v)):
+        joined = np.concatenate([held[f"0.{piece}.{name}"] for piece in pieces], axis=1)
+        np.testing.assert_array_equal(joined, whole[0])
+    assert held["0.0.order"].shape == (2, 256)
+
+
+def small() -> ox.KVCache:
+    rng = np.random.default_rng(0)
+    cache = ox.KVCache(SAVED)
+    cache.append(*rng.standard_normal((2, 1, 2, 45, 3)).astype(np.float32))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
+    small().save(path)
+    return path.read_bytes()
+
+
+def refused(folder: Path, contents: bytes, words: str | None = None) -> None:
+    path = folder / "bad.safetensors"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=words) as error:
+        ox.KVCache.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_names_and_capacity(tmp_path: Path, saved: bytes) -> None:
+    path = tmp_path / "cache.safetensors"
+    path.write_bytes(saved)
+    assert len(ox.KVCache.load(path, capacity=45, offload="host")) == 45
+    with pytest.raises(ValueError, match="holds 45 tokens, more than capacity=44"):
+        ox.KVCache.load(path, capacity=44)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ox.KVCache.load(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="a folder, not a file"):
+        ox.KVCache.load(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a name ending in .safetensors, got '\.npz'"):
+        small().save(tmp_path / "cache.npz")
+    with pytest.raises(ValueError, match="nothing to save"):
+        ox.KVCache().save(path)
+    assert path.read_bytes() == saved
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache.safetensors"
+    path.write_bytes(saved)
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(writing.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        small().save(path)
+    assert path.read_bytes() == saved
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data())
+def test_any_flipped_bit_and_any_truncation_is_refused(tmp_path: Path, saved: bytes, data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        refused(tmp_path, saved[: data.draw(st.integers(0, len(saved) - 1))])
+    else:
+        place, bit = data.draw(st.integers(0, len(saved) - 1)), data.draw(st.integers(0, 7))
+        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1 << bit]) + saved[place + 1 :])
+
+
+def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path, saved: bytes) -> None:
+    for place in range(8 + int.from_bytes(saved[:8], "little")):
+        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
+
+
+TREE = {"name": "Treecode", "block": 8, "fan": 2, "leaf": 4, "branch": 2, "top": 2, "group": 4, "open": 2, "near": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (metadata(version="2"), "written in version 2 of the format; this opoch_xp reads version 1"),
+        (metadata(format="opoch_xp.LSHIndex"), "no cache: its format is 'opoch_xp.LSHIndex'"),
+        (lambda header: header.update(__metadata__={"checksum": "0"}), "no cache: its format is None"),
+        (metadata(settings="[]"), "settings cannot be used"),
+        (metadata(settings="{"), "settings cannot be used"),
+        (with_settings(method=None), "settings cannot be used"),
+        (with_settings(method={"name": "eval"}), "settings cannot be used"),
+        (with_settings(method={**TREE, "other": 1}), "settings cannot be used"),
+        (with_settings(method={**TREE, "block": 7}), "settings cannot be used"),
+        (with_settings(method={**TREE, "block": 16}), "settings do not fit|0.0.k has shape"),
+        (with_settings(method={"name": "Exact"}), "settings do not fit"),
+        (with_settings(dtype="int8"), "settings do not fit"),
+        (with_settings(dtype="float64"), "0.0.k must be F64|got F32"),
+        (with_settings(lengths=[-1]), "lengths must be a whole number"),
+        (with_settings(lengths=[2**47], done=[2**47]), "tokens do not fit"),
+        (with_settings(lengths=[45, 45]), "settings do not fit"),
+        (with_settings(lengths=[44]), "has shape"),
+        (with_settings(done=[32]), "settings do not fit"),
+        (with_settings(done=[41]), "settings do not fit"),
+        (with_settings(heads=10**12), "has shape"),
+        (with_settings(dim=4), r"0.0.k has shape \(2, 32, 3\), expected \(2, 32, 4\)"),
+        (with_settings(width=0), "width must be a whole number"),
+        (with_settings(axes=3), "settings do not fit"),
+        (with_settings(lead=[1, 1]), "settings do not fit"),
+        (with_settings(lengths=[0], done=[0], heads=10**9), "open blocks of .* bytes do not fit 0 bytes"),
+        (entry("0.0.k", shape=[1 << 40, 5]), "needs .* bytes, the file holds"),
+        (entry("0.0.k", dtype="I32"), "got I32"),
+        (entry("0.0.order", dtype="F32"), "got F32"),
+        (entry("0.1.v", data_offsets=[0]), "header is not that"),
+        (lambda header: header.pop("0.1.order"), "no cache: 0.1.order missing"),
+        (entry("0.0.order", data_offsets=[0, 256]), "order must name every row"),  # the keys, read as places
+    ],
+)
+def test_hostile_headers(tmp_path: Path, saved: bytes, change: Any, words: str) -> None:
+    refused(tmp_path, rewritten(saved, change), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("0.0.k", np.nan), ("0.1.v", np.inf), ("0.0.order", 32), ("0.1.order", -1)]
+)
+def test_contents_that_were_written_wrong(tmp_path: Path, saved: bytes, name: str, value: float) -> None:
+    start = 8 + int.from_bytes(saved[:8], "little")
+    held = {}
+    rewritten(saved, lambda header: held.update(header))
+    begin, end = held[name]["data_offsets"]
+    array = np.frombuffer(saved[start:][begin:end], {"F32": np.float32, "I32": np.int32}[held[name]["dtype"]]).copy()
+    array[5] = value
+    data = saved[start:][:begin] + array.tobytes() + saved[start:][end:]
+    refused(tmp_path, rewritten(saved, lambda header: None, data), "must be finite|must name every row")
+
+
+def test_the_checksum_can_be_made_right(tmp_path: Path, saved: bytes) -> None:
+    """Or the tests above would show nothing."""
+    path = tmp_path / "same.safetensors"
+    path.write_bytes(rewritten(saved, lambda header: None))
+    assert len(ox.KVCache.load(path)) == 45
