@@ -4,9 +4,9 @@ from importlib import import_module
 from itertools import product
 
 import pytest
-from suites import attention, common, dispatch, hashing, index
+from suites import attention, cache, common, dispatch, hashing, index
 
-SMALL = [attention.Length, dispatch.Dispatch, hashing.Codes, index.Index]
+SMALL = [attention.Length, cache.Decoding, dispatch.Dispatch, hashing.Codes, index.Index]
 
 
 @pytest.mark.parametrize("suite", SMALL, ids=lambda suite: suite.__name__)
