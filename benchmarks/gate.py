@@ -1,7 +1,7 @@
 """Compare two commits by the figures that are the same on every machine: `gate.py OLD NEW`, after asv measured both.
 
-Times are shown by `asv compare` and judged by nobody: they depend on what else the machine does. Errors, pairs and
-rows read, bytes held, recall and candidates do not, and a loss of more than a fifth in one of them ends in exit status 1.
+Times are shown by `asv compare` and judged by nobody: they depend on what else the machine does. Errors, pairs, rows
+read, bytes held, recall and candidates do not, and a loss of more than a fifth in one of them ends in exit status 1.
 """
 
 import sys
