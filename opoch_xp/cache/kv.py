@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ class KVCache:
         given += [f"offload={str(self.offload)!r}"] if self.offload is not None else []
         batch = "" if self._layout is None or not self._layout.lead else f" in {self._layout.batch} sequences"
         return f"KVCache({', '.join(given)}) of {len(self):,} tokens{batch}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        """copy.deepcopy: a cache of its own that goes on from the same tokens; not of one whose keys lie in files."""
+        if self._layout is not None:
+            for module in (self._layout.xp, self._layout.kernels):  # which are no part of it
+                memo[id(module)] = module
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
 
     def append(self, k: Array, v: Array, *, key_mask: Array | None = None, check_finite: bool | None = None) -> None:
         """Put keys k (..., H_kv, m, d) and values v (..., H_kv, m, d_v) after those that are there; m may be 0.

@@ -38,6 +38,9 @@ class Layout:
     dim: int
     width: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layout":
+        return self
+
     @property
     def batch(self) -> int:
         return math.prod(self.lead)
