@@ -238,7 +238,7 @@ class KVCache:
     def crop(self, n: int | np.ndarray) -> None:
         """Keep the first n tokens of every sequence; a negative n drops the last -n of each.
 
-        NumPy's whole numbers in the shape of `lengths` say for each sequence how many of its tokens to keep. Chunks that
+        NumPy's whole numbers in the shape of `lengths` say how many tokens of each sequence to keep. Chunks that
         were merged since are split anew. Raises ValueError beyond the length.
         """
         if isinstance(n, np.ndarray):
