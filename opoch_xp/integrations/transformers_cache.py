@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import resolve_name
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from opoch_xp.backends.torch.operator import cast, casts, without_casts
@@ -81,9 +82,9 @@ class NewTokens(Tensor):
             return f"NewTokens({tuple(args[0].shape)} for {args[0].step.layer!r})"
         raise NotImplementedError(
             "the keys and values of a TreecodeCache are attended to by the attention that"
-            " opoch_xp.integrations.transformers.register() makes, and by no other: set"
+            " opoch_xp.integrations.transformers.register() makes, by no other and not under torch.compile: set"
             " attn_implementation='opoch_treecode', or the name that was registered, or use another cache;"
-            f" something else called {getattr(func, '__name__', func)!r} on them"
+            f" something else called {resolve_name(func)} on them"
         )
 
 
@@ -338,14 +339,6 @@ class TreecodeCache(Cache):
         """Bytes of all arrays of all layers."""
         layers: list[Any] = self.layers
         return sum(layer.cache.nbytes for layer in layers)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """New keys (batch, H_kv, m, d) and values (batch, H_kv, m, d_v) of a layer, for the registered attention."""
-        if torch.compiler.is_compiling():
-            raise NotImplementedError("a TreecodeCache changes from call to call: use it without torch.compile")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Go on from the sequences named by beam_idx, in that order; read back to the host once."""
