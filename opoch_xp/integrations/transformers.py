@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from opoch_xp.attention import attention
-from opoch_xp.integrations.transformers_cache import Step, TreecodeCache, read_back, step_of
+from opoch_xp.integrations.transformers_cache import TreecodeCache, read_back, step_of
 from opoch_xp.methods import Method
 from opoch_xp.solve import check_method
 
@@ -102,7 +102,7 @@ def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
         if step is not None:
             with step.taken():
                 _refuse(dropout, others)
-                columns = _columns(module, attention_mask, query.shape, step, others.get("is_causal"))
+                columns = _columns(module, attention_mask, query.shape, others.get("is_causal"))
                 return step.attend(query, columns, scaling).transpose(1, 2).contiguous(), None
         _refuse(dropout, others)
         causal, kept = _read(module, attention_mask, query.shape, key.shape[2], others.get("is_causal"))
@@ -136,9 +136,9 @@ def _read(
     )
 
 
-def _columns(module: Any, mask: Tensor | None, shape: torch.Size, step: Step, is_causal: bool | None) -> Tensor | None:
+def _columns(module: Any, mask: Tensor | None, shape: torch.Size, is_causal: bool | None) -> Tensor | None:
     """The mask (batch or 0, seen) of columns for keys of a TreecodeCache; None where the model has none."""
-    causal, kept = _read(module, mask, shape, step.start + step.keys.shape[2], is_causal)
+    causal, kept = _read(module, mask, shape, 0 if mask is None else mask.shape[-1], is_causal)
     if not causal and (mask is not None or shape[2] > 1):
         raise NotImplementedError(
             "a TreecodeCache is for causal self-attention, which the model does not ask for here: use another cache"
