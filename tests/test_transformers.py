@@ -19,9 +19,12 @@ pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
     AttentionInterface,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     DynamicCache,
+    EncoderDecoderCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -274,6 +277,36 @@ def test_a_conversation_goes_on_with_the_same_cache() -> None:
     prompt.reset()
     assert (prompt.get_seq_length(), prompt.nbytes) == (0, 0)
     assert torch.equal(model.generate(tokens, past_key_values=prompt, **GREEDY), answer)
+
+
+@pytest.mark.parametrize("where", ["host", "files"])
+def test_keys_that_lie_elsewhere_change_nothing(where: str, tmp_path: Path) -> None:
+    model = llama("opoch_exact")
+    cache = TreecodeCache(ONE, offload="host" if where == "host" else tmp_path)
+    ours = passes(model, cache, "left", (0, 60, TOKENS))
+    assert np.array_equal(ours, passes(model, TreecodeCache(ONE), "left", (0, 60, TOKENS)))
+    if where == "host":
+        copy.deepcopy(cache)
+    else:
+        with pytest.raises(ValueError, match="is not copied into memory: save and load"):
+            copy.deepcopy(cache)
+
+
+def test_an_encoder_decoder_model_attends_to_its_own_tokens_through_trees() -> None:
+    """Cross-attention is another cache's."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=128, pad_token_id=1,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    eager = model.generate(batch("none")[0][:, :20], **GREEDY)
+    model.set_attn_implementation("opoch_exact")
+    ours = functools.partial(model.generate, batch("none")[0][:, :20], **GREEDY)
+    assert torch.equal(ours(past_key_values=EncoderDecoderCache(TreecodeCache(OPENED), DynamicCache())), eager)
+    with pytest.raises(NotImplementedError, match="for causal self-attention"):
+        ours(past_key_values=EncoderDecoderCache(DynamicCache(), TreecodeCache(OPENED)))
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
