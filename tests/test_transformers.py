@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import os
+import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -383,7 +384,15 @@ def test_a_mask_is_read_back_once_a_pass_and_by_no_layer(monkeypatch: pytest.Mon
     assert not read
 
 
-def test_a_pass_that_raises_leaves_every_layer_as_it_was() -> None:
+def test_a_pass_that_raises_leaves_every_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def interrupted(x: Any, contiguous: Any = torch.Tensor.contiguous) -> Any:
+        inside = sys._getframe(1).f_code.co_name == "opoch_attention"
+        if inside and next(calls) % 3 == 2:
+            raise KeyboardInterrupt
+        return contiguous(x)
+
     model, cache, dynamic = llama("opoch_exact"), TreecodeCache(OPENED), DynamicCache()
     last = model.model.layers[2].self_attn
     attend, refused = last.forward, functools.partial(last.forward, sliding_window=4)
@@ -394,6 +403,11 @@ def test_a_pass_that_raises_leaves_every_layer_as_it_was() -> None:
         assert [layer.get_seq_length() for layer in cache.layers] == [cuts[0]] * 3
         assert cache.is_initialized == bool(cuts[0])
         last.forward = attend
+        monkeypatch.setattr(torch.Tensor, "contiguous", interrupted)  # when the last layer has taken them as well
+        with pytest.raises(KeyboardInterrupt):
+            passes(model, cache, "left", cuts)
+        monkeypatch.undo()
+        assert [layer.get_seq_length() for layer in cache.layers] == [cuts[0]] * 3
         assert np.abs(passes(model, cache, "left", cuts) - passes(model, dynamic, "left", cuts)).max() < SUMS
 
 
@@ -403,6 +417,7 @@ def test_a_mask_that_does_not_go_on_from_the_last_is_refused() -> None:
     for mask, words in (
         (None, "the cache holds padding: attention_mask must be given with every pass"),
         (torch.ones(2, 71), "the cache holds padding"),
+        (torch.ones(2, 1), "attention_mask must cover the 71 tokens so far, those of the cache included, got one of 1"),
         (torch.ones(2, 71).triu(1), "attention_mask must be what it was for the 70 columns that the cache holds"),
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=words):
@@ -458,6 +473,17 @@ def test_what_a_treecode_cache_cannot_do_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(NotImplementedError, match=r"neither causal nor full \(a sliding"):
         MistralForCausalLM(config)(torch.ones(1, 20, dtype=torch.int), past_key_values=TreecodeCache())
+
+
+def test_what_began_in_inference_mode_goes_on_without() -> None:
+    model, cache = llama("opoch_exact"), TreecodeCache(OPENED)
+    with torch.inference_mode():
+        passes(model, cache, "left", (0, 50))
+        cache.reorder_cache(torch.tensor([0, 1]))
+    dynamic = DynamicCache()
+    whole = passes(model, dynamic, "left", (0, 50, TOKENS))
+    ours = passes(model, cache, "left", (50, 60, TOKENS))
+    assert np.abs(ours[-25:] - whole[-25:]).max() < SUMS  # of the second sequence
 
 
 def test_autocast_casts_and_keeps_sums_wide() -> None:

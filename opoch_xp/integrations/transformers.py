@@ -76,6 +76,11 @@ def key_mask(
     causal = mask_function is causal_mask_function
     start = int(kv_offset)
     seen = int(q_offset) + q_length - start if causal else kv_length  # a static cache is longer than what it holds
+    if causal and attention_mask is not None and attention_mask.shape[1] < start + seen:
+        raise ValueError(
+            f"attention_mask must cover the {start + seen} tokens so far, those of the cache included, got one of"
+            f" {attention_mask.shape[1]}"
+        )
     if attention_mask is None:
         padding = torch.empty(0, seen, dtype=torch.bool, device=device)
     else:

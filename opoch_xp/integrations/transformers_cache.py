@@ -104,6 +104,13 @@ def read_back(mask: Tensor) -> np.ndarray:
     return kept
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Without gradients, and with tensors that may be written to later, under torch.inference_mode or not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class Forward:
     """The layers that took tokens in one pass of the model: they give them back where a later layer fails."""
 
@@ -118,7 +125,7 @@ class Forward:
         try:
             yield
         except BaseException:
-            for other, columns in self._taken:
+            for other, columns in [*self._taken, (layer, before)]:
                 other.keep(columns)
             self._taken = []
             raise
@@ -165,8 +172,8 @@ class TreecodeLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix dtype, device and sizes by keys and values of any number of tokens, and take none of them."""
-        with torch.no_grad():
-            self.cache.append(key_states.detach()[:, :, :0], value_states.detach()[:, :, :0])
+        with unrecorded():
+            self.cache.append(key_states[:, :, :0], value_states[:, :, :0])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -191,7 +198,7 @@ class TreecodeLayer(CacheLayerMixin):
         new = None if kept is None else kept[:, self.columns :]
         if casts(queries):
             queries, keys, values = cast(queries, keys, values)
-        with without_casts(queries):
+        with unrecorded(), without_casts(queries):
             out = self.cache.prefill(queries, keys, values, key_mask=new, scale=scale).out
         self.columns, self.kept, self.is_initialized = self.columns + m, kept, True
         return out
@@ -221,12 +228,13 @@ class TreecodeLayer(CacheLayerMixin):
         return None if kept.all() else kept
 
     def keep(self, columns: int | None) -> None:
-        """Keep the first columns; None: forget the sizes too."""
+        """Keep the first columns, of those that are held; None: forget the sizes too."""
         if columns is None:
             self.reset()
-        elif columns < self.columns:
+        else:
             kept = None if self.kept is None else self.kept[:, :columns]
-            self.cache.crop(columns if kept is None else kept.sum(axis=1).reshape(self.cache.lengths.shape))
+            with unrecorded():
+                self.cache.crop(columns if kept is None else kept.sum(axis=1))
             self.columns, self.kept = columns, None if kept is None or kept.all() else kept
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -238,7 +246,7 @@ class TreecodeLayer(CacheLayerMixin):
         if -n > self.columns:
             raise ValueError(f"tokens_to_remove must be at least -{self.columns}, the columns that are held, got {n}")
         if n and self.is_initialized:
-            self.keep(self.columns + n if n < 0 else n)
+            self.keep(self.columns + n if n < 0 else min(n, self.columns))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """`batch_select_indices` by the beams that a search goes on with; complete chunks are shared, not copied."""
@@ -250,13 +258,15 @@ class TreecodeLayer(CacheLayerMixin):
             return
         chosen = np.asarray(torch.as_tensor(indices).cpu())
         chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        self.cache.select(chosen)
+        with unrecorded():
+            self.cache.select(chosen)
         self.kept = None if self.kept is None else self.kept[chosen]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times in a row; complete chunks are shared, not copied."""
         if self.is_initialized:
-            self.cache.repeat(repeats)
+            with unrecorded():
+                self.cache.repeat(repeats)
             self.kept = None if self.kept is None else self.kept.repeat(repeats, axis=0)
 
     def get_seq_length(self) -> int:
