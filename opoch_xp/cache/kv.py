@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,21 @@ class KVCache:
         batch = "" if self._layout is None or not self._layout.lead else f" in {self._layout.batch} sequences"
         return f"KVCache({', '.join(given)}) of {len(self):,} tokens{batch}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        """copy.deepcopy: a cache of its own that goes on from the same tokens; not of one whose keys lie in files."""
+        if self._layout is not None:
+            for module in (self._layout.xp, self._layout.kernels):  # which are no part of it
+                memo[id(module)] = module
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
     def append(self, k: Array, v: Array, *, key_mask: Array | None = None, check_finite: bool | None = None) -> None:
         """Put keys k (..., H_kv, m, d) and values v (..., H_kv, m, d_v) after those that are there; m may be 0.
 
         key_mask (..., m) bool, without the axis of heads, True = keep: padding, on any side, is left out and may hold
-        anything; the mask is read back to the host. check_finite as in `attend`.
+        anything; the mask is read back to the host, or NumPy's for arrays of any library. check_finite as in `attend`.
 
         Raises TypeError or ValueError where they do not fit what is held (heads, sizes, dtype, device, library), are
         not finite, or where a fixed capacity is passed.
@@ -224,11 +235,15 @@ class KVCache:
         out, lse, exact_out, exact_lse = (xp.reshape(x, (*lead, *x.shape[len(q.shape) - 2 :])) for x in arrays)
         return compared(out, lse, exact_out, exact_lse, self.method, tuple(q.shape[:-2]), seed=seed)
 
-    def crop(self, n: int) -> None:
+    def crop(self, n: int | np.ndarray) -> None:
         """Keep the first n tokens of every sequence; a negative n drops the last -n of each.
 
-        Chunks that were merged since are split anew. Raises ValueError beyond the length.
+        NumPy's whole numbers in the shape of `lengths` say how many tokens of each sequence to keep. Chunks that
+        were merged since are split anew. Raises ValueError beyond the length.
         """
+        if isinstance(n, np.ndarray):
+            self._crop_each(n)
+            return
         if isinstance(n, bool) or not isinstance(n, int | np.integer):
             raise TypeError(f"n must be a whole number of tokens, got {n!r}")
         if n > len(self):
@@ -241,6 +256,15 @@ class KVCache:
                 f"n must leave tokens to keep: the shortest sequence has {self._store.lengths.min():,}, got {n}"
             )
         self._crop(wanted)
+
+    def _crop_each(self, n: np.ndarray) -> None:
+        held = self.lengths
+        if n.shape != held.shape or n.dtype.kind not in "iu":
+            raise ValueError(f"n must be whole numbers in the shape {held.shape} of lengths, got {n.dtype} {n.shape}")
+        if ((n < 0) | (n > held)).any():
+            raise ValueError(f"n must be from 0 to the lengths {held.tolist()}, got {n.tolist()}")
+        if self._store is not None:
+            self._crop(n.reshape(-1).astype(np.int64))
 
     def select(self, indices: Any) -> None:
         """Keep the sequences named by `indices` (whole numbers, the host's or an array's), in that order.

@@ -38,6 +38,9 @@ class Layout:
     dim: int
     width: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layout":
+        return self
+
     @property
     def batch(self) -> int:
         return math.prod(self.lead)
@@ -171,7 +174,8 @@ def columns_kept(layout: Layout, key_mask: Array | None, k: Array) -> list[tuple
     everything = np.arange(layout.batch)
     if key_mask is None:
         return [(everything, None)]
-    check_mask(layout.xp, key_mask, k)
+    at_host = isinstance(key_mask, np.ndarray)  # whatever the library of k
+    check_mask(layout.xp, key_mask, np.broadcast_to(np.float32(0), tuple(k.shape)) if at_host else k)
     kept = to_host(key_mask).reshape(layout.batch, -1)
     if kept.all():
         return [(everything, None)]

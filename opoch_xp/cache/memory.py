@@ -37,6 +37,13 @@ class Memory:
         name = library(self.xp)
         return name in HOST_LIBRARIES or (name == "torch" and str(self.where) == "cpu")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
+        if self.mapped:
+            raise ValueError(
+                f"a cache whose keys lie in files of {self.offload} is not copied into memory: save and load"
+            )
+        return Memory(self.xp, self.where, self.offload)
+
     @property
     def mapped(self) -> bool:
         return self.offload not in (None, HOST)

@@ -11,6 +11,10 @@ says by its shape what else there is to know:
     (batch or 0, 1, 1, keys)    not causal
 
 and refuses what is neither, such as sliding windows. The one for attention takes it from there.
+
+With a cache of transformers a decoding step is attention over all keys. `TreecodeCache` keeps them in trees:
+
+    model.generate(..., past_key_values=transformers.TreecodeCache())
 """
 
 from collections.abc import Callable
@@ -22,8 +26,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from opoch_xp.attention import attention
+from opoch_xp.integrations.transformers_cache import TreecodeCache, read_back, step_of
 from opoch_xp.methods import Method
 from opoch_xp.solve import check_method
+
+__all__ = ["TreecodeCache", "key_mask", "register"]
 
 RESERVED = ("sdpa", "flex_attention", "/", "eager", "paged")  # what transformers looks for in a name
 WITHOUT_EFFECT = {  # on attention, of the keywords that models hand through
@@ -69,12 +76,18 @@ def key_mask(
     causal = mask_function is causal_mask_function
     start = int(kv_offset)
     seen = int(q_offset) + q_length - start if causal else kv_length  # a static cache is longer than what it holds
+    if causal and attention_mask is not None and attention_mask.shape[1] < start + seen:
+        raise ValueError(
+            f"attention_mask must cover the {start + seen} tokens so far, those of the cache included, got one of"
+            f" {attention_mask.shape[1]}"
+        )
     if attention_mask is None:
         padding = torch.empty(0, seen, dtype=torch.bool, device=device)
     else:
         padding = attention_mask[:, start : start + seen].to(torch.bool)
         padding = torch.nn.functional.pad(padding, (0, seen - padding.shape[1]), value=False)
-        padding = padding[:0] if bool(padding.all()) else padding
+        kept = read_back(padding)
+        padding = padding[:0] if kept.all() else padding
     return padding if causal else padding[:, None, None, :]
 
 
@@ -90,6 +103,12 @@ def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """query (B, H, n_q, d), key and value (B, H_kv, n_k, d); returns (B, n_q, H, d) and no weights."""
+        step = step_of(key, value)
+        if step is not None:
+            with step.taken():
+                _refuse(dropout, others)
+                columns = _columns(module, attention_mask, query.shape, others.get("is_causal"))
+                return step.attend(query, columns, scaling).transpose(1, 2).contiguous(), None
         _refuse(dropout, others)
         causal, kept = _read(module, attention_mask, query.shape, key.shape[2], others.get("is_causal"))
         if kept is not None:
@@ -120,6 +139,16 @@ def _read(
         f"attention_mask must be a padding mask (batch, keys), got one of shape {tuple(mask.shape)} and dtype"
         f" {mask.dtype} for {n_q} queries and {n_k} keys: opoch_xp takes no other mask"
     )
+
+
+def _columns(module: Any, mask: Tensor | None, shape: torch.Size, is_causal: bool | None) -> Tensor | None:
+    """The mask (batch or 0, seen) of columns for keys of a TreecodeCache; None where the model has none."""
+    causal, kept = _read(module, mask, shape, 0 if mask is None else mask.shape[-1], is_causal)
+    if not causal and (mask is not None or shape[2] > 1):
+        raise NotImplementedError(
+            "a TreecodeCache is for causal self-attention, which the model does not ask for here: use another cache"
+        )
+    return kept
 
 
 def _refuse(dropout: float, others: dict[str, Any]) -> None:
