@@ -17,7 +17,7 @@ METHODS = {"Exact": ox.Exact(), "Treecode": ox.Treecode(block=256, group=8, open
 
 
 class Decoding(Suite):
-    """8 query heads on one key head, keys in runs of topics; the block is small, so that trees are read at any length."""
+    """8 query heads on one key head, keys in runs of topics; a small block, so that trees are read at any length."""
 
     params = (BACKENDS, tuple(METHODS), SIZES[1:])
     param_names = ("backend", "method", "tokens")

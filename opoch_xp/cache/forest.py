@@ -170,7 +170,9 @@ class Forest:
         place = self._places(sequences, tier, first)
         cells, order = (taken(xp, x, place) for x in (trees.tree.cells, trees.tree.order))
         heads, size, width = cells.shape
-        order = xp.argsort(order, axis=1) + xp.arange(heads, device=device(order))[:, None] * size  # a permutation's inverse
+        order = (
+            xp.argsort(order, axis=1) + xp.arange(heads, device=device(order))[:, None] * size
+        )  # a permutation's inverse
         cells = rows_of(xp, xp.reshape(cells, (heads * size, width)), order)
         cells = xp.reshape(cells, (len(sequences), self.layout.heads, size, width))
         return cells[..., :dim], cells[..., dim:]
