@@ -5,8 +5,9 @@ reads like p written in base `fan`: a few chunks of each tier, together covering
 own block exactly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ Part = tuple[int, tuple[Array, Array]]  # first row, (out, lse)
 KEYS, QUERIES = 0, 1  # streams of random directions
 
 
+@lru_cache(256)
 def directions(seed: int, tier: int, stream: int, levels: int, dim: int) -> np.ndarray:
     """Where the power iterations of each level of splits start, (levels, dim) float64; the same for every chunk."""
-    return np.random.default_rng((seed, tier, stream)).standard_normal((levels, dim))
+    drawn = np.random.default_rng((seed, tier, stream)).standard_normal((levels, dim))
+    drawn.flags.writeable = False
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,13 @@ def tiers(n_q: int, n_k: int, causal: bool, method: Treecode) -> list[Tier]:
     return found
 
 
+def _places(piece: Piece, fan: int) -> Iterable[tuple[int, int]]:
+    """How many chunks of a piece stand at each place within their parents."""
+    if piece.chunks == 1:
+        return ((piece.chunk % fan, 1),)
+    return enumerate(np.bincount(np.arange(piece.chunk, piece.chunk + piece.chunks) % fan).tolist())
+
+
 def rows_per_query(n_q: int, n_k: int, causal: bool, method: Treecode) -> dict[str, float]:
     """Rows a query reads, by part, mean over the queries: what the treecode spends, known from the shapes."""
     total = dict.fromkeys(("local", "far", "near", "own"), 0.0)
@@ -82,8 +93,7 @@ def rows_per_query(n_q: int, n_k: int, causal: bool, method: Treecode) -> dict[s
         total["local"] = n_q * (n_k % method.block)
     for tier in tiers(n_q, n_k, causal, method):
         for piece in tier.pieces:
-            places = np.bincount(np.arange(piece.chunk, piece.chunk + piece.chunks) % method.fan)
-            for place, chunks in enumerate(places.tolist()):
+            for place, chunks in _places(piece, method.fan):
                 for part, rows in rows_read(tier.size, place, method).items():
                     total[part] += piece.rows * chunks * rows
     return {part: rows / max(n_q, 1) for part, rows in total.items()}

@@ -1,6 +1,7 @@
 """Values of the treecode: the trees of equal chunks of keys, and the lists a group of queries opens."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ def level_nodes(size: int, method: Treecode) -> tuple[int, ...]:
     return tuple(nodes)
 
 
+@lru_cache(1024)
 def rows_read(size: int, count: int, method: Treecode) -> dict[str, int]:
     """Dot products a query spends on the trees of `count` chunks of `size` keys, by part."""
     nodes = level_nodes(size, method)

@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from opoch_xp import tensors
-from opoch_xp.arguments import DTYPES, to_host
+from opoch_xp.arguments import DTYPES, on_host, to_host
 from opoch_xp.backends import kernels_for
 from opoch_xp.cache import forest, rows
 from opoch_xp.cache.layout import Layout
@@ -139,7 +139,8 @@ class Saved:
         stored = getattr(xp, stored)
         kind, where = type(example), device(example)
         sizes = given.axes, given.lead, given.heads, given.dim, given.width
-        return Layout(xp, kernels, kind, where, xp.zeros(0, dtype=dtype).dtype, stored, *sizes)
+        dtype = xp.zeros(0, dtype=dtype).dtype
+        return Layout(xp, kernels, kind, where, dtype, stored, on_host(xp, example), *sizes)
 
     def restore(self, layout: Layout, store: Any) -> None:
         """Fill an empty store. ValueError where keys or values are not finite, or an order is none."""

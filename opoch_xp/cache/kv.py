@@ -354,7 +354,7 @@ class KVCache:
         everyone, keys, values = np.arange(layout.batch), arranged(layout, k), arranged(layout, v)
         for sequences, columns in columns_kept(layout, key_mask, k):
             new = [of_columns(layout, entries(layout, x, everyone, sequences), columns, 2) for x in (keys, values)]
-            check_finite(layout, finite, k=new[0], v=new[1])
+            check_finite(layout, finite, *new)
             longest = int(held[sequences].max())
             if self.capacity is not None and longest + new[0].shape[2] > self.capacity:
                 raise ValueError(

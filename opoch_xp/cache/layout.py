@@ -23,7 +23,7 @@ class Layout:
     """The library, device, dtype and sizes of the keys and values of a cache.
 
     lead: the axes before heads, () where there are two axes or three; batch: sequences, their product; kind: the type
-    of the arrays; dtype: as given; stored: what is kept, one that the kernels take.
+    of the arrays; dtype: as given; stored: what is kept, one that the kernels take; host: whether reading is free.
     """
 
     xp: Any
@@ -32,6 +32,7 @@ class Layout:
     device: Any
     dtype: Any
     stored: Any
+    host: bool
     axes: int
     lead: tuple[int, ...]
     heads: int
@@ -65,8 +66,8 @@ def of_first(k: Array, v: Array, backend: str | None) -> Layout:
     kernels = kernels_for(xp, backend)
     stored = k.dtype if dtype_name(k) in kernels.ACCEPTS else xp.float32
     heads = k.shape[-3] if len(k.shape) > 2 else 1
-    lead = tuple(k.shape[:-3])
-    return Layout(xp, kernels, type(k), device(k), k.dtype, stored, len(k.shape), lead, heads, k.shape[-1], v.shape[-1])
+    sizes = len(k.shape), tuple(k.shape[:-3]), heads, k.shape[-1], v.shape[-1]
+    return Layout(xp, kernels, type(k), device(k), k.dtype, stored, on_host(xp, k), *sizes)
 
 
 def check_numbers(**arrays: Array) -> None:
@@ -150,22 +151,23 @@ def arranged_queries(layout: Layout, q: Array) -> Array:
     if hasattr(q, "detach"):
         q = q.detach()
     q = xp.astype(q, layout.stored, copy=False)
-    if not on_host(xp, q) or not _sum_is_finite(q):
+    if not layout.host or not _sum_is_finite(q):
         wide = xp.astype(q, layout.summed, copy=False)
         q = xp.astype(xp.where(xp.isfinite(wide), wide, xp.nan), layout.stored, copy=False)
     repeat = 1 if layout.axes == 2 else q.shape[-3] // layout.heads
     return xp.reshape(q, (layout.batch, layout.heads, repeat, *q.shape[-2:]))
 
 
-def _sum_is_finite(x: Array) -> bool:
+def _sum_is_finite(*arrays: Array) -> bool:
+    """Whether no entry is infinite or NaN, by sums: False may be an overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(float(array_namespace(x).sum(x)))
+        return all(math.isfinite(float(array_namespace(x).sum(x))) for x in arrays)
 
 
-def check_finite(layout: Layout, wanted: bool | None, **arrays: Array) -> None:
+def check_finite(layout: Layout, wanted: bool | None, k: Array, v: Array) -> None:
     """ValueError for keys or values that are not finite: looked for on the host, elsewhere where it is wanted."""
-    for name, array in arrays.items():
-        if array.shape[-2] and (wanted or (wanted is None and on_host(layout.xp, array))):
+    if k.shape[-2] and (layout.host if wanted is None else wanted) and not _sum_is_finite(k, v):
+        for name, array in (("k", k), ("v", v)):
             check_finite_array(layout.xp, name, layout.xp.reshape(array, (-1, *array.shape[-2:])))
 
 
@@ -187,6 +189,8 @@ def columns_kept(layout: Layout, key_mask: Array | None, k: Array) -> list[tuple
 
 def alike(sequences: np.ndarray, *figures: np.ndarray) -> Iterator[np.ndarray]:
     """The sequences in groups whose figures are the same."""
+    if len(sequences) == 1:
+        return iter((sequences,))
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, *of_it in zip(sequences.tolist(), *(x[sequences].tolist() for x in figures), strict=True):
         groups.setdefault(tuple(of_it), []).append(number)

@@ -170,5 +170,5 @@ def merge_part(out: Array, lse: Array, part: Array, part_lse: Array, start: int,
         merge_rows(out[b, r, here], lse[b, r, here], part[b, r, there], part_lse[b, r, there])
 
     tasks = [(b, r, s) for b in range(len(lse)) for r in range(lse.shape[1]) for s in range(0, rows, MERGED)]
-    share(work, tasks, workers)
+    share(work, tasks, workers if part_lse.size > MERGED else 1)  # a thread takes longer to start than to merge few
     return out, lse
