@@ -7,7 +7,6 @@ own block exactly.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,11 @@ Part = tuple[int, tuple[Array, Array]]  # first row, (out, lse)
 KEYS, QUERIES = 0, 1  # streams of random directions
 
 
-@lru_cache(256)
 def directions(seed: int, tier: int, stream: int, levels: int, dim: int) -> np.ndarray:
     """Where the power iterations of each level of splits start, (levels, dim) float64; the same for every chunk."""
-    drawn = np.random.default_rng((seed, tier, stream)).standard_normal((levels, dim))
-    drawn.flags.writeable = False
-    return drawn
+    if not levels:  # a step of decoding has none: a generator takes longer to make than a part to merge
+        return np.zeros((0, dim))
+    return np.random.default_rng((seed, tier, stream)).standard_normal((levels, dim))
 
 
 @dataclass(frozen=True)
