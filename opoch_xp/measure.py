@@ -30,6 +30,11 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float, int | None]:
     return result, seconds, _extra_memory(level)
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory now, pages of mapped files included; OSError where none can tell."""
+    return _status("VmRSS")
+
+
 def _start_memory() -> tuple[int, int] | None:
     """(level in bytes, high-water mark in bytes), with the mark set back to the level where that can be done."""
     gc.collect()

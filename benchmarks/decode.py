@@ -1,0 +1,222 @@
+"""Decoding over a KVCache: a step against exact attention by BLAS, what a token costs to append, memory offloaded.
+
+8 query heads on one key head of 64, keys on 1,024 topics in runs of 32 to 512 tokens, every query on a topic of its own.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from common import Table
+
+import opoch_xp as ox
+from opoch_xp import workloads
+from opoch_xp.cli.product import Product
+from opoch_xp.measure import resident
+
+DIM, HEADS = 64, 8
+ONE_MILLION = 1_000_000
+LENGTHS = (65_536, 262_144, 1_048_576)
+PLACES, STEPS = 16, 9  # places spread over the second half of a length, steps at each
+PIECE = 65_536  # tokens appended at a time
+MAPPED = 4_000_000  # tokens of the cache in files
+METHODS = (
+    ox.Treecode(group=8, open=128, near=32, own=8),
+    ox.Treecode(group=8, open=256, near=32, own=8),
+    ox.Treecode(group=8, leaf=8, open=128, near=64, own=8),
+    ox.Treecode(),
+)
+
+
+@dataclass
+class Measured:
+    """Times of steps by place, errors of steps and of single queries, rows read."""
+
+    times: list[list[float]] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    single: list[float] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: the median at each place, their mean over the places."""
+        return mean(map(median, self.times))
+
+
+def filled(stream: workloads.Stream, caches: list[Any], start: int, stop: int) -> None:
+    for low in range(start, stop, PIECE):
+        k, v = stream.tokens(min(PIECE, stop - low))
+        for cache in caches:
+            cache.append(k, v)
+
+
+def measured(tokens: int, places: list[int], methods: tuple[ox.Treecode, ...]) -> list[Measured]:
+    """BLAS first, then the methods, in turn at every step; a step appends a token and attends."""
+    stream, capacity = workloads.Stream(DIM, seed=1), tokens + len(places) * (STEPS + 1)
+    caches = [Product(capacity), *(ox.KVCache(method, capacity) for method in methods)]
+    found = [Measured() for _ in caches]
+    for place in places:
+        filled(stream, caches, len(caches[0]), place)
+        for one in found:
+            one.times.append([])
+        for step in range(STEPS + 1):  # the first is not counted: it finds nothing in memory that it needs
+            (k, v), q = stream.tokens(1), stream.queries(HEADS)
+            exact = None
+            for cache, one in zip(caches, found, strict=True):
+                start = perf_counter()
+                cache.append(k, v)
+                result = cache.attend(q)
+                seconds = perf_counter() - start
+                if not step:
+                    continue
+                out = result.out.astype(np.float64)
+                exact = out if exact is None else exact
+                one.times[-1].append(seconds)
+                one.errors.append(float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
+                one.single += (np.linalg.norm(out - exact, axis=-1) / np.linalg.norm(exact, axis=-1)).ravel().tolist()
+                one.rows.append(sum(result.report.rows.values()))
+    return found
+
+
+def spread(tokens: int) -> list[int]:
+    """Places in the second half of a length, one in each part of it, drawn."""
+    rng, half = np.random.default_rng(0), tokens // 2
+    return [half + int((number + rng.random()) * half / PLACES) for number in range(PLACES)]
+
+
+def steps() -> None:
+    table = Table(
+        "decode",
+        "A step of decoding over a KVCache, 8 query heads on 1 key head of 64, keys in runs of 32 to 512 tokens",
+        ["tokens", "method", "step (ms)", "times faster", "error", "p99 of a query", "rows read"],
+    )
+    cases = [(f"{ONE_MILLION:,}", ONE_MILLION, [ONE_MILLION])]
+    cases += [(f"{n // 2:,} to {n:,}", n, spread(n)) for n in LENGTHS]
+    for name, tokens, places in cases:
+        exact, *others = measured(tokens, places, METHODS)
+        table.add(name, "exact, BLAS", 1e3 * exact.seconds, 1.0, 0.0, 0.0, int(mean(exact.rows)))
+        for method, one in zip(METHODS, others, strict=True):
+            p99 = float(np.percentile(one.single, 99))
+            figures = (1e3 * one.seconds, exact.seconds / one.seconds, mean(one.errors), p99, int(mean(one.rows)))
+            table.add(name, method, *figures)
+    table.save()
+
+
+def appended() -> None:
+    """A token at a time and in pieces, to 1,048,576 and one more; what the token after a full chunk waits for."""
+    table = Table(
+        "append",
+        "Appending to a KVCache, one key head of 64",
+        ["method", "how", "tokens", "us a token", "longest wait (ms)", "of"],
+    )
+    tokens = LENGTHS[-1] + 1
+    k, v = workloads.Stream(DIM).tokens(tokens)
+    for method in (ox.Treecode(), ox.Treecode(leaf=8), ox.Exact()):
+        waits = token_by_token(method, k, v)
+        total = waits.sum()
+        table.add(method, "a token at a time", tokens, 1e6 * total / tokens, 1e3 * waits.max(), "any token")
+        for tier, size in enumerate(sizes(method, tokens)):
+            after = np.arange(size, tokens, size)
+            after = after[after % (size * method.fan) != 0] if size * method.fan < tokens else after
+            table.add(
+                method, f"after tier {tier}, {size:,}", len(after), "", 1e3 * float(np.median(waits[after])), "median"
+            )
+        cache = ox.KVCache(method, tokens)
+        start = perf_counter()
+        for low in range(0, tokens, PIECE):
+            cache.append(k[:, low : low + PIECE], v[:, low : low + PIECE])
+        table.add(method, f"{PIECE:,} at a time", tokens, 1e6 * (perf_counter() - start) / tokens, "", "")
+    table.save()
+
+
+def sizes(method: Any, tokens: int) -> Iterator[int]:
+    """Keys of a chunk of every tier that fills."""
+    size = method.block if isinstance(method, ox.Treecode) else tokens
+    while size < tokens:
+        yield size
+        size *= method.fan
+
+
+def token_by_token(method: Any, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Seconds of every append."""
+    cache = ox.KVCache(method, k.shape[1])
+    places = range(k.shape[1] + 1)
+    tokens = [(k[:, a:b], v[:, a:b]) for a, b in pairwise(places)]
+    waits = np.empty(k.shape[1])
+    for number, token in enumerate(tokens):
+        start = perf_counter()
+        cache.append(*token)
+        waits[number] = perf_counter() - start
+    return waits
+
+
+def _mapped(queue: Any, method: ox.Treecode, folder: str | None, finest: bool) -> None:
+    """A cache of MAPPED tokens, and steps over it: resident bytes above what the process had before, and outputs."""
+    warm = ox.KVCache(method)
+    stream = workloads.Stream(DIM)
+    filled(stream, [warm], 0, 2 * PIECE)
+    warm.attend(stream.queries(HEADS))
+    del warm
+    stream, before = workloads.Stream(DIM, seed=2), resident()
+    cache = ox.KVCache(method, MAPPED + 1000, offload=folder, offload_finest=finest)
+    start = perf_counter()
+    building = 0
+    for low in range(0, MAPPED, PIECE):
+        cache.append(*stream.tokens(min(PIECE, MAPPED - low)))
+        building = max(building, resident() - before)
+    seconds = perf_counter() - start
+    outputs, times, most = [], [], 0
+    for _ in range(200):
+        (k, v), q = stream.tokens(1), stream.queries(HEADS)
+        start = perf_counter()
+        cache.append(k, v)
+        outputs.append(cache.attend(q).out)
+        times.append(perf_counter() - start)
+        most = max(most, resident() - before)
+    queue.put((cache.nbytes, building, most, seconds, median(times), np.stack(outputs)))
+
+
+def offloaded() -> None:
+    table = Table(
+        "offload",
+        f"{MAPPED:,} tokens in files that are mapped into memory, one key head of 64, 200 steps of 8 queries",
+        [
+            "method", "where", "bytes (GB)", "resident, steps", "resident, between appends", "us a token", "step (ms)",
+            "same output",
+        ],
+    )  # fmt: skip
+    for method in (ox.Treecode(leaf=8), ox.Treecode()):
+        expected = None
+        for name, mapped, finest in (
+            ("memory", False, False),
+            ("files", True, False),
+            ("files, finest too", True, True),
+        ):
+            with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+                queue = get_context("spawn").Queue()
+                process = get_context("spawn").Process(
+                    target=_mapped, args=(queue, method, folder if mapped else None, finest)
+                )
+                process.start()
+                size, building, most, seconds, step, out = queue.get()
+                process.join()
+            expected = out if expected is None else expected
+            same = bool(np.array_equal(out, expected))
+            shares = (f"{100 * x / size:.1f}%" for x in (most, building))
+            table.add(method, name, size / 1e9, *shares, 1e6 * seconds / MAPPED, 1e3 * step, same)
+    table.save()
+
+
+PARTS = {"steps": steps, "append": appended, "offload": offloaded}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()
