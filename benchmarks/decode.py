@@ -1,6 +1,6 @@
 """Decoding over a KVCache: a step against exact attention by BLAS, what a token costs to append, memory offloaded.
 
-8 query heads on one key head of 64, keys on 1,024 topics in runs of 32 to 512 tokens, every query on a topic of its own.
+8 query heads on one key head of 64, keys on 1,024 topics in runs of 32 to 512 tokens, each query on a topic of its own.
 """
 
 import sys
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from common import Table
+from opoch_xp.cli.product import Product
 
 import opoch_xp as ox
 from opoch_xp import workloads
-from opoch_xp.cli.product import Product
 from opoch_xp.measure import resident
 
 DIM, HEADS = 64, 8
