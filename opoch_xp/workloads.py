@@ -17,6 +17,7 @@ QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 ROWS = 4096  # rows made at a time, so that scratch stays at a few MB whatever n is
 TOPICS = 1024  # clusters of `topics`
 TOPIC_RUN = 64  # tokens in a row on one topic
+STREAM_RUN = (32, 512)  # the fewest and the most of a `Stream`
 SCATTERED = 64  # clusters of `scattered`
 SINKS = 4  # keys of `sinks` that stand out
 SINK_NORM = 20.0  # how many times their norm is the norm of the others
@@ -117,6 +118,66 @@ def _heads(n: int, dim: int, heads: int | None) -> QKV:
         )
     q, k, v = byte_model.heads(n)
     return q[:heads], k[:heads], v[:heads]
+
+
+class Stream:
+    """A sequence that goes on, for decoding: keys and values as they come, and queries of its last token.
+
+    `topics` as `make` has them, but a topic stays for 32 to 512 tokens, drawn uniformly, and every query is on a topic
+    of its own, drawn anew. Each key head has its own centers and runs. The same for the same seed, in pieces or at once.
+
+    >>> from opoch_xp import workloads
+    >>> stream = workloads.Stream(dim=16, heads=2)
+    >>> k, v = stream.tokens(1000)
+    >>> k.shape, v.shape, stream.queries(4).shape  # four query heads on each key head
+    ((2, 1000, 16), (2, 1000, 16), (8, 1, 16))
+    """
+
+    def __init__(self, dim: int = 64, heads: int = 1, seed: int = 0) -> None:
+        if min(dim, heads) < 1:
+            raise ValueError(f"dim and heads must be at least 1, got dim={dim}, heads={heads}")
+        self.dim = dim
+        self._heads = [_StreamHead(dim, (seed, head)) for head in range(heads)]
+
+    def tokens(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of the next n tokens, each (heads, n, dim) float32."""
+        k, v = (np.empty((len(self._heads), n, self.dim), np.float32) for _ in range(2))
+        for number, head in enumerate(self._heads):
+            head.tokens(k[number], v[number])
+        return k, v
+
+    def queries(self, repeat: int = 1) -> np.ndarray:
+        """A query for each of the `repeat` query heads of every key head, (heads * repeat, 1, dim) float32."""
+        return np.concatenate([head.queries(repeat) for head in self._heads])[:, None, :]
+
+
+class _StreamHead:
+    """One key head of a `Stream`. What is drawn for topics, keys, values and queries does not mix."""
+
+    def __init__(self, dim: int, seed: tuple[int, int]) -> None:
+        self.topics, self.keys, self.values, self.asked = (np.random.default_rng((*seed, i)) for i in range(4))
+        self.centers = self.topics.standard_normal((TOPICS, dim), np.float32)
+        self.topic, self.left = 0, 0  # of the run that the last token was in
+
+    def tokens(self, k: np.ndarray, v: np.ndarray) -> None:
+        self.keys.standard_normal(out=k, dtype=np.float32)
+        self.values.standard_normal(out=v, dtype=np.float32)
+        k *= np.float32(0.5)
+        start = 0
+        while start < len(k):
+            if not self.left:
+                self.topic = int(self.topics.integers(TOPICS))
+                self.left = int(self.topics.integers(*STREAM_RUN, endpoint=True))
+            stop = min(start + self.left, len(k))
+            k[start:stop] += np.float32(1.5) * self.centers[self.topic]
+            v[start:stop] += self.centers[self.topic]
+            self.left -= stop - start
+            start = stop
+
+    def queries(self, repeat: int) -> np.ndarray:
+        topic = self.asked.integers(TOPICS, size=repeat)
+        noise = self.asked.standard_normal((repeat, self.centers.shape[1]), np.float32)
+        return np.float32(1.5) * self.centers[topic] + np.float32(0.5) * noise
 
 
 _Maker = Callable[[np.random.Generator, np.ndarray, np.ndarray, np.ndarray, float], None]

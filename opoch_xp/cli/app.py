@@ -38,6 +38,12 @@ class Vectors(StrEnum):
     embeddings = "embeddings"
 
 
+class Model(StrEnum):
+    """Models that `decode` can run."""
+
+    bytes = "bytes"
+
+
 Causal = Annotated[
     bool, typer.Option("--causal/--no-causal", help="Whether a token sees only itself and those before.")
 ]
@@ -117,6 +123,52 @@ def audit(
     from opoch_xp.cli.tables import Sink
 
     audit_file(file, tol, causal, seed, Sink(json))
+
+
+@app.command()
+@one_line_errors
+def decode(
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens before the new ones. Default: 1,000,000; 8,192 with --model.")
+    ] = None,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to decode, one at a time.")] = 256,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads. Default: 8.")] = None,
+    key_heads: Annotated[int | None, typer.Option(min=1, help="Key heads that they share. Default: 1.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of a head. Default: 64.")] = None,
+    model: Annotated[
+        Model | None, typer.Option(help="bytes: a small language model goes on with a text instead.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="The model's text: the end of this file. Default: held-out Python sources.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the model's choices. Default: 0, the likeliest byte.")
+    ] = None,
+    backend: BackendName = "numpy",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """A token at a time over a long context: time, rows read and measured error, exact and treecode side by side.
+
+    With --model bytes: bits per byte of a text for exact attention, a window and the treecode, and how it goes on.
+    """
+    from opoch_xp.cli.tables import Sink
+
+    if model is None:
+        from opoch_xp.cli.decode import TOKENS, Setup, measure_decode
+
+        for name, value in (("--file", file), ("--temperature", temperature)):
+            if value is not None:
+                raise ValueError(f"{name} needs --model bytes, which reads text and writes it")
+        setup = Setup(context or TOKENS, new, heads or 8, key_heads or 1, dim or 64, backend, seed)
+        measure_decode(setup, Sink(json))
+        return
+    from opoch_xp.cli.generate import Text, measure_text
+
+    for name, value in (("--heads", heads), ("--key-heads", key_heads), ("--dim", dim)):
+        if value is not None:
+            raise ValueError(f"{name} is for made keys: the byte model has heads of its own")
+    measure_text(Text(file, context, new, temperature or 0.0, backend, seed), Sink(json))
 
 
 @app.command()

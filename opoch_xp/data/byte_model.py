@@ -95,12 +95,14 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: int = 256
 
 
 def forward(
-    weights: Weights, tokens: np.ndarray, attention: AttentionFunction = exact_attention
+    weights: Weights, tokens: np.ndarray, attention: AttentionFunction = exact_attention, start: int = 0
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Next-byte logits (n, 256) and, layer by layer, the (q, k, v) that attention was given, each (4, n, 64) float32.
 
     weights: from `load`; tokens (n,) uint8. `attention(q, k, v)` returns the causal attention output (4, n, 64): pass
-    an approximation to see what it does to the model. Cost: 4 layers of width 256, and four times the attention.
+    an approximation to see what it does to the model. start: position of the first token; `attention`, called once a
+    layer, is then to know keys and values of those before (`opoch_xp.KVCache.prefill` does). Cost: 4 layers of width
+    256, and four times the attention.
 
     >>> from opoch_xp.data import byte_model
     >>> logits, heads = byte_model.forward(byte_model.load(), byte_model.text(50))
@@ -113,7 +115,7 @@ def forward(
     for layer in range(LAYERS):
         w = {name: weights[f"b.{layer}.{name}.weight"] for name in ("n1", "n2", "qkv", "o", "up", "dn")}
         qkv = (_rms_norm(x, w["n1"]) @ w["qkv"].T).reshape(n, 3, HEADS, HEAD_DIM).transpose(1, 2, 0, 3)
-        q, k, v = _rotate(qkv[0]), _rotate(qkv[1]), np.ascontiguousarray(qkv[2])  # (heads, n, head_dim)
+        q, k, v = _rotate(qkv[0], start), _rotate(qkv[1], start), np.ascontiguousarray(qkv[2])  # (heads, n, head_dim)
         heads.append((q, k, v))
         x = x + attention(q, k, v).transpose(1, 0, 2).reshape(n, WIDTH) @ w["o"].T
         x = x + np.square(np.maximum(_rms_norm(x, w["n2"]) @ w["up"].T, 0)) @ w["dn"].T
@@ -124,10 +126,10 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.finfo(np.float32).eps) * weight
 
 
-def _rotate(x: np.ndarray) -> np.ndarray:
-    """Rotary positions (Su et al., RoFormer, 2021) on x (heads, n, head_dim), halves paired."""
+def _rotate(x: np.ndarray, start: int) -> np.ndarray:
+    """Rotary positions from `start` on (Su et al., RoFormer, 2021), on x (heads, n, head_dim), halves paired."""
     frequency = ROPE_BASE ** -(np.arange(0, HEAD_DIM, 2, dtype=np.float32) / HEAD_DIM)
-    angle = np.arange(x.shape[1], dtype=np.float32)[:, None] * frequency  # (n, head_dim / 2)
+    angle = np.arange(start, start + x.shape[1], dtype=np.float32)[:, None] * frequency  # (n, head_dim / 2)
     a, b = np.split(x, 2, -1)
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 

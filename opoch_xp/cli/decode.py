@@ -1,0 +1,301 @@
+"""`opoch-xp decode`: a token at a time over a long context, exact attention and the treecode side by side."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, is_writeable_array
+
+import opoch_xp
+from opoch_xp import workloads
+from opoch_xp.arguments import to_host
+from opoch_xp.backends import kernels_for
+from opoch_xp.backends.numpy import thread_count
+from opoch_xp.cache import KVCache
+from opoch_xp.cli import tables
+from opoch_xp.cli.rows import arrays_of
+from opoch_xp.cli.tables import Sink, Table
+from opoch_xp.measure import machine
+from opoch_xp.methods import Exact, Method, Treecode
+
+Array = Any
+Begin = Callable[[str], None]
+
+TOKENS = 1_000_000
+PIECE = 65_536  # tokens of the prompt that are made and appended at a time
+SAMPLED = 32  # steps whose error is measured: every 8th, but so many at least
+SPACING = 8
+WARM = 4097  # tokens appended, and one query, before the clock starts: two blocks are split, one token is left
+DECODING = Treecode(group=8, open=128, near=32, own=8)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The options of the command, without the model's."""
+
+    context: int
+    new: int
+    heads: int
+    key_heads: int
+    dim: int
+    backend: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.key_heads:
+            raise ValueError(f"--heads must be a multiple of --key-heads, got {self.heads} and {self.key_heads}")
+
+    @property
+    def capacity(self) -> int:
+        return self.context + self.new
+
+    @property
+    def every(self) -> int:
+        return spacing(self.new)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. seconds: median of a step, and its 99th percentile and maximum; error: mean over sampled
+    steps of the Frobenius error of all heads; p99 and max of single queries; rows: read by a query, mean over steps;
+    append_seconds: a token of the prompt, mean; bytes: of the arrays held."""
+
+    method: str
+    seconds: float
+    p99_seconds: float
+    max_seconds: float
+    speedup: float
+    error: float
+    p99: float
+    max: float
+    rows: float
+    append_seconds: float
+    bytes: int
+
+
+class Product:
+    """Exact attention as anyone would write it: two products and a softmax, over keys and values in two arrays."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.held: list[Array] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.held)
+
+    def append(self, k: Array, v: Array) -> None:
+        if not self.held:
+            xp, shape = array_namespace(k), (k.shape[0], self.capacity, k.shape[2])
+            self.held = [xp.zeros(shape, dtype=k.dtype, device=k.device) for _ in range(2)]
+        stop = self.length + k.shape[1]
+        for held, new in zip(self.held, (k, v), strict=True):
+            held[:, self.length : stop, :] = new
+        self.length = stop
+
+    def attend(self, q: Array) -> Array:
+        """Queries (heads, 1, dim) of the last token; query heads that share a key head are rows of one product."""
+        xp, (k, v) = array_namespace(q), (x[:, : self.length, :] for x in self.held)
+        rows = xp.reshape(q, (k.shape[0], -1, q.shape[2])) * q.shape[2] ** -0.5
+        weight = xp.matmul(rows, xp.matrix_transpose(k))  # (key heads, query heads of each, tokens)
+        weight -= xp.max(weight, axis=-1, keepdims=True)
+        weight = np.exp(weight, out=weight) if isinstance(weight, np.ndarray) else xp.exp(weight)
+        out = xp.matmul(weight, v) / xp.sum(weight, axis=-1, keepdims=True)
+        return xp.reshape(out, q.shape)
+
+
+@dataclass
+class Runner:
+    """One way to decode, and what was measured of it."""
+
+    name: str
+    cache: KVCache | Product
+    appended: float = 0.0  # seconds of the whole prompt
+    seconds: list[float] = field(default_factory=list)  # of each step
+    rows: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)  # of each sampled step
+    single: list[float] = field(default_factory=list)  # of each query of those
+
+    def prompt(self, k: Array, v: Array, wait: Callable[[Array], None]) -> None:
+        start = perf_counter()
+        self.cache.append(k, v)
+        wait(k)
+        self.appended += perf_counter() - start
+
+    def step(self, q: Array, k: Array, v: Array, wait: Callable[[Array], None]) -> Array:
+        """Append a token and attend with its queries."""
+        start = perf_counter()
+        self.cache.append(k, v)
+        found = self.cache.attend(q)
+        out = found if isinstance(self.cache, Product) else found.out
+        wait(out)
+        self.seconds.append(perf_counter() - start)
+        self.rows.append(self.cache.length if isinstance(self.cache, Product) else sum(found.report.rows.values()))
+        return out
+
+    def compare(self, out: np.ndarray, exact: np.ndarray) -> None:
+        self.errors.append(float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
+        single = np.linalg.norm(out - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+        self.single.extend(single.reshape(-1).tolist())
+
+    def row(self, exact_seconds: float, context: int) -> Row:
+        middle, late = (float(np.percentile(self.seconds, share)) for share in (50, 99))
+        return Row(
+            self.name,
+            seconds=middle,
+            p99_seconds=late,
+            max_seconds=max(self.seconds),
+            speedup=exact_seconds / middle,
+            error=float(np.mean(self.errors)),
+            p99=float(np.percentile(self.single, 99)),
+            max=max(self.single),
+            rows=float(np.mean(self.rows)),
+            append_seconds=self.appended / context,
+            bytes=int(self.cache.nbytes),
+        )
+
+
+def spacing(new: int) -> int:
+    """Every how many steps the error is measured."""
+    return max(1, min(SPACING, new // SAMPLED))
+
+
+def methods(seed: int) -> list[Method]:
+    return [Exact(), Treecode(**{**asdict(DECODING), "seed": seed}), Treecode(seed=seed)]
+
+
+def measure_decode(setup: Setup, sink: Sink) -> None:
+    """Measure and show the table; write the figures where the sink wants them."""
+    (some,) = arrays_of(setup.backend, np.zeros((1, 1), np.float32))  # an unknown backend is refused here
+    with tables.progress(2 + -(-setup.context // PIECE) + setup.new) as begin:
+        rows = measure(setup, is_writeable_array(some), begin)
+    about = facts(setup.backend, setup.seed) | asdict(setup) | {"sampled_steps": -(-setup.new // setup.every)}
+    sink.show(table(rows, about, setup.every))
+    sink.write_json({**about, "rows": [asdict(row) for row in rows]})
+
+
+def facts(backend: str, seed: int) -> dict[str, Any]:
+    """What a measurement depends on besides its options."""
+    (some,) = arrays_of(backend, np.zeros((1, 1), np.float32))
+    return {
+        "dtype": "float32",
+        "seed": seed,
+        "backend": backend,
+        "kernels": kernels_for(array_namespace(some), named(backend)).name,
+        "machine": machine(),
+        "threads": thread_count() if backend == "numpy" else None,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "opoch_xp": opoch_xp.__version__,
+    }
+
+
+def named(backend: str) -> str | None:
+    """What to give as `backend=`: a library's own kernels are found by its arrays."""
+    return "generic" if backend == "generic" else None
+
+
+def measure(setup: Setup, product: bool, begin: Begin) -> list[Row]:
+    """The prompt goes into every cache, then tokens come one at a time, to each cache in turn."""
+    stream = workloads.Stream(setup.dim, setup.key_heads, setup.seed)
+    begin("warming up")
+    _warm_up(setup)
+    runners = [
+        Runner(tables.method_name(method), KVCache(method, setup.capacity, backend=named(setup.backend)))
+        for method in methods(setup.seed)
+    ]
+    if product:  # in place, as one writes it
+        runners.insert(1, Runner("Exact, BLAS", Product(setup.capacity)))
+
+    def wait(array: Array) -> None:
+        kernels_for(array_namespace(array), named(setup.backend)).synchronize(array)
+
+    for start in range(0, setup.context, PIECE):
+        begin(f"appending {setup.context:,} tokens")
+        k, v = arrays_of(setup.backend, *stream.tokens(min(PIECE, setup.context - start)))
+        for runner in runners:
+            runner.prompt(k, v, wait)
+    begin("the first query")
+    (q,) = arrays_of(setup.backend, stream.queries(setup.heads // setup.key_heads))
+    for runner in runners:
+        runner.cache.attend(q)
+    for step in range(setup.new):
+        begin(f"token {step + 1:,} of {setup.new:,}")
+        q, k, v = arrays_of(setup.backend, stream.queries(setup.heads // setup.key_heads), *stream.tokens(1))
+        found = [runner.step(q, k, v, wait) for runner in runners]
+        if step % setup.every == 0:
+            exact, *_ = outs = [to_host(out).astype(np.float64) for out in found]
+            for runner, out in zip(runners, outs, strict=True):
+                runner.compare(out, exact)
+    fastest = min(float(np.median(runner.seconds)) for runner in runners[: 1 + product])
+    return [runner.row(fastest, setup.context) for runner in runners]
+
+
+def _warm_up(setup: Setup) -> None:
+    """Every method on a short cache: start-up and compiling are not of a token."""
+    stream = workloads.Stream(setup.dim, setup.key_heads)
+    q, k, v = arrays_of(setup.backend, stream.queries(setup.heads // setup.key_heads), *stream.tokens(WARM))
+    for method in methods(setup.seed):
+        cache = KVCache(method, backend=named(setup.backend))
+        cache.append(k, v)
+        cache.attend(q)
+
+
+COLUMNS = [
+    "method", "time", "p99 time", "speed-up", "error", "p99 error", "max error", "rows read", "append", "memory",
+]  # fmt: skip
+
+
+def table(rows: Sequence[Row], about: dict[str, Any], every: int) -> Table:
+    cells = [
+        [
+            row.method,
+            tables.micro(row.seconds),
+            tables.micro(row.p99_seconds),
+            tables.factor(row.speedup),
+            *(tables.percent(value) for value in (row.error, row.p99, row.max)),
+            f"{row.rows:,.0f}",
+            tables.micro(row.append_seconds),
+            tables.size(row.bytes),
+        ]
+        for row in rows
+    ]
+    heads, shared = about["heads"], about["key_heads"]
+    run = " to ".join(map(str, workloads.STREAM_RUN))
+    what = (
+        f"{about['context']:,} tokens of context and {about['new']:,} new ones, {heads} query head{'s' * (heads > 1)} "
+        f"on {shared} key head{'s' * (shared > 1)} of {about['dim']}, {about['dtype']}, seed {about['seed']}"
+    )
+    lines = [
+        what,
+        f"keys on {workloads.TOPICS:,} topics in runs of {run} tokens; each query on a topic drawn anew each step",
+        where(about),
+    ]
+    return Table("Decoding: topics", lines, COLUMNS, cells, _notes(rows, about, every))
+
+
+def where(about: dict[str, Any]) -> str:
+    """The machine and the versions, as a line above a table."""
+    threads = f", threads: {about['threads']}" if about["threads"] else ""
+    backend = about["backend"] + (f" ({about['kernels']} kernels)" if about["kernels"] != about["backend"] else "")
+    return f"{about['machine']}{threads}; Python {about['python']}, NumPy {about['numpy']}, backend {backend}"
+
+
+def _notes(rows: Sequence[Row], about: dict[str, Any], every: int) -> list[str]:
+    exact = [row for row in rows if row.method.startswith("Exact")]
+    fastest = max(exact, key=lambda row: row.speedup).method
+    steps = "every step" if every == 1 else f"one step in {every}"
+    notes = [
+        "time: of a new token, its key appended and a query a head attended, median over the steps; the rows of the table "
+        f"take turns at every step. speed-up: over {fastest}{', the faster exact row' * (len(exact) > 1)}.",
+        "error: Frobenius norm over all heads of (approximate - exact) over that of exact, against Exact() in the same "
+        f"step, mean over {steps}, {about['sampled_steps']:,} in all; p99 and max: of single queries.",
+        "rows read: by a query, mean over the steps; a summary of many keys is a row.",
+        "append: of a token of the prompt, mean, splitting and summaries included, for which a new token waits where it "
+        "follows a full block; queries of the prompt were not attended.",
+        "memory: arrays held, room for the new tokens included.",
+    ]
+    return notes + ["Exact, BLAS: q @ k.T, softmax and @ v over plain arrays."] * (len(exact) > 1)
