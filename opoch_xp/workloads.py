@@ -124,7 +124,7 @@ class Stream:
     """A sequence that goes on, for decoding: keys and values as they come, and queries of its last token.
 
     `topics` as `make` has them, but a topic stays for 32 to 512 tokens, drawn uniformly, and every query is on a topic
-    of its own, drawn anew. Each key head has its own centers and runs. The same for the same seed, in pieces or at once.
+    of its own, drawn anew. Each key head has its own centers and runs. The same for the same seed, in pieces or whole.
 
     >>> from opoch_xp import workloads
     >>> stream = workloads.Stream(dim=16, heads=2)

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +16,7 @@ from opoch_xp.backends import kernels_for
 from opoch_xp.backends.numpy import thread_count
 from opoch_xp.cache import KVCache
 from opoch_xp.cli import tables
+from opoch_xp.cli.product import Product
 from opoch_xp.cli.rows import arrays_of
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.measure import machine
@@ -29,7 +30,8 @@ PIECE = 65_536  # tokens of the prompt that are made and appended at a time
 SAMPLED = 32  # steps whose error is measured: every 8th, but so many at least
 SPACING = 8
 WARM = 4097  # tokens appended, and one query, before the clock starts: two blocks are split, one token is left
-DECODING = Treecode(group=8, open=128, near=32, own=8)
+PRODUCT = "Exact, BLAS"
+DECODING = Treecode(group=8, open=256, near=32, own=8)  # the query heads of a key head make one group
 
 
 @dataclass(frozen=True)
@@ -76,37 +78,6 @@ class Row:
     bytes: int
 
 
-class Product:
-    """Exact attention as anyone would write it: two products and a softmax, over keys and values in two arrays."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self.held: list[Array] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.held)
-
-    def append(self, k: Array, v: Array) -> None:
-        if not self.held:
-            xp, shape = array_namespace(k), (k.shape[0], self.capacity, k.shape[2])
-            self.held = [xp.zeros(shape, dtype=k.dtype, device=k.device) for _ in range(2)]
-        stop = self.length + k.shape[1]
-        for held, new in zip(self.held, (k, v), strict=True):
-            held[:, self.length : stop, :] = new
-        self.length = stop
-
-    def attend(self, q: Array) -> Array:
-        """Queries (heads, 1, dim) of the last token; query heads that share a key head are rows of one product."""
-        xp, (k, v) = array_namespace(q), (x[:, : self.length, :] for x in self.held)
-        rows = xp.reshape(q, (k.shape[0], -1, q.shape[2])) * q.shape[2] ** -0.5
-        weight = xp.matmul(rows, xp.matrix_transpose(k))  # (key heads, query heads of each, tokens)
-        weight -= xp.max(weight, axis=-1, keepdims=True)
-        weight = np.exp(weight, out=weight) if isinstance(weight, np.ndarray) else xp.exp(weight)
-        out = xp.matmul(weight, v) / xp.sum(weight, axis=-1, keepdims=True)
-        return xp.reshape(out, q.shape)
-
-
 @dataclass
 class Runner:
     """One way to decode, and what was measured of it."""
@@ -130,11 +101,10 @@ class Runner:
         start = perf_counter()
         self.cache.append(k, v)
         found = self.cache.attend(q)
-        out = found if isinstance(self.cache, Product) else found.out
-        wait(out)
+        wait(found.out)
         self.seconds.append(perf_counter() - start)
-        self.rows.append(self.cache.length if isinstance(self.cache, Product) else sum(found.report.rows.values()))
-        return out
+        self.rows.append(sum(found.report.rows.values()))
+        return found.out
 
     def compare(self, out: np.ndarray, exact: np.ndarray) -> None:
         self.errors.append(float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
@@ -163,16 +133,18 @@ def spacing(new: int) -> int:
     return max(1, min(SPACING, new // SAMPLED))
 
 
-def methods(seed: int) -> list[Method]:
-    return [Exact(), Treecode(**{**asdict(DECODING), "seed": seed}), Treecode(seed=seed)]
+def methods(setup: Setup) -> list[Method]:
+    """Exact, the treecode as it decodes best, and as it comes."""
+    group = max(DECODING.group, setup.heads // setup.key_heads)
+    return [Exact(), replace(DECODING, group=group, seed=setup.seed), Treecode(seed=setup.seed)]
 
 
 def measure_decode(setup: Setup, sink: Sink) -> None:
     """Measure and show the table; write the figures where the sink wants them."""
-    (some,) = arrays_of(setup.backend, np.zeros((1, 1), np.float32))  # an unknown backend is refused here
+    about = facts(setup.backend, setup.seed)  # an unknown backend is refused here
+    about |= {**asdict(setup), "sampled_steps": -(-setup.new // setup.every)}
     with tables.progress(2 + -(-setup.context // PIECE) + setup.new) as begin:
-        rows = measure(setup, is_writeable_array(some), begin)
-    about = facts(setup.backend, setup.seed) | asdict(setup) | {"sampled_steps": -(-setup.new // setup.every)}
+        rows = measure(setup, begin)
     sink.show(table(rows, about, setup.every))
     sink.write_json({**about, "rows": [asdict(row) for row in rows]})
 
@@ -193,22 +165,28 @@ def facts(backend: str, seed: int) -> dict[str, Any]:
     }
 
 
+def writable(backend: str) -> bool:
+    """Whether arrays of the backend's library can be written to, as `Product` does."""
+    (some,) = arrays_of(backend, np.zeros((1, 1), np.float32))
+    return bool(is_writeable_array(some))
+
+
 def named(backend: str) -> str | None:
     """What to give as `backend=`: a library's own kernels are found by its arrays."""
     return "generic" if backend == "generic" else None
 
 
-def measure(setup: Setup, product: bool, begin: Begin) -> list[Row]:
+def measure(setup: Setup, begin: Begin) -> list[Row]:
     """The prompt goes into every cache, then tokens come one at a time, to each cache in turn."""
-    stream = workloads.Stream(setup.dim, setup.key_heads, setup.seed)
+    stream, product = workloads.Stream(setup.dim, setup.key_heads, setup.seed), writable(setup.backend)
     begin("warming up")
     _warm_up(setup)
     runners = [
         Runner(tables.method_name(method), KVCache(method, setup.capacity, backend=named(setup.backend)))
-        for method in methods(setup.seed)
+        for method in methods(setup)
     ]
-    if product:  # in place, as one writes it
-        runners.insert(1, Runner("Exact, BLAS", Product(setup.capacity)))
+    if product:  # whose sums are the most exact
+        runners.insert(1, Runner(PRODUCT, Product(setup.capacity)))
 
     def wait(array: Array) -> None:
         kernels_for(array_namespace(array), named(setup.backend)).synchronize(array)
@@ -227,9 +205,9 @@ def measure(setup: Setup, product: bool, begin: Begin) -> list[Row]:
         q, k, v = arrays_of(setup.backend, stream.queries(setup.heads // setup.key_heads), *stream.tokens(1))
         found = [runner.step(q, k, v, wait) for runner in runners]
         if step % setup.every == 0:
-            exact, *_ = outs = [to_host(out).astype(np.float64) for out in found]
+            outs = [to_host(out).astype(np.float64) for out in found]
             for runner, out in zip(runners, outs, strict=True):
-                runner.compare(out, exact)
+                runner.compare(out, outs[int(product)])
     fastest = min(float(np.median(runner.seconds)) for runner in runners[: 1 + product])
     return [runner.row(fastest, setup.context) for runner in runners]
 
@@ -238,7 +216,7 @@ def _warm_up(setup: Setup) -> None:
     """Every method on a short cache: start-up and compiling are not of a token."""
     stream = workloads.Stream(setup.dim, setup.key_heads)
     q, k, v = arrays_of(setup.backend, stream.queries(setup.heads // setup.key_heads), *stream.tokens(WARM))
-    for method in methods(setup.seed):
+    for method in methods(setup):
         cache = KVCache(method, backend=named(setup.backend))
         cache.append(k, v)
         cache.attend(q)
@@ -286,16 +264,16 @@ def where(about: dict[str, Any]) -> str:
 
 def _notes(rows: Sequence[Row], about: dict[str, Any], every: int) -> list[str]:
     exact = [row for row in rows if row.method.startswith("Exact")]
-    fastest = max(exact, key=lambda row: row.speedup).method
-    steps = "every step" if every == 1 else f"one step in {every}"
+    fastest, truth = max(exact, key=lambda row: row.speedup).method, exact[-1].method
+    steps = "all steps" if every == 1 else f"one step in {every}"
     notes = [
-        "time: of a new token, its key appended and a query a head attended, median over the steps; the rows of the table "
-        f"take turns at every step. speed-up: over {fastest}{', the faster exact row' * (len(exact) > 1)}.",
-        "error: Frobenius norm over all heads of (approximate - exact) over that of exact, against Exact() in the same "
-        f"step, mean over {steps}, {about['sampled_steps']:,} in all; p99 and max: of single queries.",
+        "time: of a new token, its key appended and a query a head attended, median over the steps; the rows of the "
+        f"table take turns at every step. speed-up: over {fastest}{', the faster exact row' * (len(exact) > 1)}.",
+        f"error: Frobenius norm over all heads of the difference from {truth} in the same step, over that of {truth}, "
+        f"mean over {steps}, {about['sampled_steps']:,}; p99 and max: of single queries.",
         "rows read: by a query, mean over the steps; a summary of many keys is a row.",
-        "append: of a token of the prompt, mean, splitting and summaries included, for which a new token waits where it "
-        "follows a full block; queries of the prompt were not attended.",
+        "append: of a token of the prompt, mean, splitting and summaries included, for which a new token waits where "
+        "it follows a full block; queries of the prompt were not attended.",
         "memory: arrays held, room for the new tokens included.",
     ]
-    return notes + ["Exact, BLAS: q @ k.T, softmax and @ v over plain arrays."] * (len(exact) > 1)
+    return notes + [f"{PRODUCT}: q @ k.T, softmax and @ v over plain arrays."] * (len(exact) > 1)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -74,6 +75,16 @@ class Sink:
         for line in table.notes:
             self.console.print(Text(line, style="dim"))
         self.console.print()
+
+    def show_text(self, title: str, text: str) -> None:
+        """Print a text under its title, as it is; as a block of code where the output is no terminal."""
+        if self.console.is_terminal:
+            self.console.print(Text(title, style="bold"))
+            self.console.print(Text(text))
+            self.console.print()
+            return
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        self.console.file.write(f"{title}\n\n{fence}text\n{text}\n{fence}\n\n")
 
     def write_json(self, results: Any) -> None:
         """The figures of every table, whole or not at all."""
