@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,14 +18,14 @@ from opoch_xp.cli.rows import arrays_of
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.cli.wall import WINDOW
 from opoch_xp.data import byte_model
-from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.methods import Exact, Method, Treecode
 from opoch_xp.workloads import HEADS_LIMIT
 
 Array = Any
 Begin = Callable[[str], None]
 
 TREECODE = Treecode(block=512, group=1, open=128, near=32, own=8)  # reads about as many rows as the window at 8,192
-WINDOW_ONLY = "window"
+EXACT = (tables.method_name(Exact()), PRODUCT)
 SHOWN = 200  # bytes of the text that are shown before what was written
 
 
@@ -51,16 +52,17 @@ class Text:
 class Row:
     """One line of the table. bits: per byte; rows: read by a query, mean over the positions of the bits; seconds: a new
     byte, median, and attention_seconds of it; error: of its attention on the new bytes, mean over layers and heads of
-    the Frobenius error; p99: of single queries. None: it writes nothing."""
+    the Frobenius error; p99: of single queries; written: the new bytes, as text."""
 
     method: str
     bits: float
     rows: float
-    seconds: float | None = None
-    attention_seconds: float | None = None
-    speedup: float | None = None
-    error: float | None = None
-    p99: float | None = None
+    seconds: float
+    attention_seconds: float
+    speedup: float
+    error: float
+    p99: float
+    written: str
 
 
 @dataclass
@@ -99,6 +101,8 @@ class Writer:
 
     name: str
     decoder: Decoder
+    bits: float  # per byte of the text
+    rows: float  # read by a query of those
     logits: np.ndarray  # of the next byte (256,)
     written: bytearray = field(default_factory=bytearray)
     seconds: list[float] = field(default_factory=list)
@@ -113,6 +117,12 @@ class Writer:
         self.attention.append(self.decoder.attention_seconds)
         self.outs.append(self.decoder.outs)
         self.written.append(byte)
+
+    def row(self, exact_seconds: float) -> Row:
+        seconds, attention = float(np.median(self.seconds)), float(np.median(self.attention))
+        error, p99 = self.errors()
+        speedup, written = exact_seconds / seconds, printable(bytes(self.written))
+        return Row(self.name, self.bits, self.rows, seconds, attention, speedup, error, p99, written)
 
     def errors(self) -> tuple[float, float]:
         """Of the attention of the new bytes, against exact attention in float64: mean over layers and heads, p99."""
@@ -144,23 +154,26 @@ def measure_text(setup: Text, sink: Sink) -> None:
     """Measure and show the table and what was written; write the figures where the sink wants them."""
     about = facts(setup.backend, setup.seed)  # an unknown backend is refused before the text is read
     tokens, source = text(setup)
-    with tables.progress(4 + writable(setup.backend) + setup.new) as begin:
-        rows, exact, treecode = measure(setup, tokens, begin)
-    agree = agreement(exact, treecode)
+    with tables.progress(len(ways(setup, 1)) + setup.new + 1) as begin:
+        writers = run(setup, tokens, begin)
+        begin("the errors")
+        exact = [writer for writer in writers if writer.name in EXACT]
+        fastest = min(float(np.median(writer.seconds)) for writer in exact)
+        rows = [writer.row(fastest) for writer in writers]
     about |= {
         "context": len(tokens),
         "new": setup.new,
         "temperature": setup.temperature,
         "source": source,
         "text": byte_model.text_hash(tokens),
-        "agree": agree,
+        "agree": agreement(bytes(writers[0].written), bytes(writers[-1].written)),
     }
     sink.show(table(rows, about))
     sink.show_text("The end of the text", printable(tokens[-SHOWN:].tobytes()))
-    sink.show_text("How it goes on, exact", printable(exact))
-    sink.show_text("How it goes on, treecode", printable(treecode))
-    written = {"exact": printable(exact), "treecode": printable(treecode)}
-    sink.write_json({**about, "rows": [asdict(row) for row in rows], "written": written})
+    for row in rows:
+        if row.method != PRODUCT:  # which is Exact(), to rounding
+            sink.show_text(f"How it goes on, {row.method}", row.written)
+    sink.write_json({**about, "rows": [asdict(row) for row in rows]})
 
 
 def text(setup: Text) -> tuple[np.ndarray, str]:
@@ -180,53 +193,36 @@ def text(setup: Text) -> tuple[np.ndarray, str]:
     return tokens, f"the last {len(tokens):,} of {size:,} bytes of {setup.file}"
 
 
-def ways(setup: Text, capacity: int) -> list[tuple[str, Callable[[], KVCache | Product]]]:
-    """Exact twice, the window and the treecode: their names, and what makes a cache of each."""
-    window = LSH(bits=62, tables=1, window=WINDOW, seed=setup.seed)  # nothing but repeated keys shares a bucket
-    treecode = replace(TREECODE, seed=setup.seed)
+def ways(setup: Text, capacity: int) -> list[tuple[str, str, Callable[[], KVCache | Product]]]:
+    """Exact twice, the window and the treecode: the name, the library of the arrays, and what makes a cache."""
+    host = setup.backend if writable(setup.backend) else "numpy"
 
-    def cache(method: Method) -> Callable[[], KVCache]:
-        return lambda: KVCache(method, capacity, backend=named(setup.backend))
+    def cache(method: Method) -> tuple[str, str, Callable[[], KVCache]]:
+        made = partial(KVCache, method, capacity, backend=named(setup.backend))
+        return tables.method_name(method), setup.backend, made
 
-    product: list[tuple[str, Callable[[], KVCache | Product]]] = [(PRODUCT, lambda: Product(capacity))]
     return [
-        (tables.method_name(Exact()), cache(Exact())),
-        *(product if writable(setup.backend) else []),
-        (f"{WINDOW_ONLY} of {WINDOW:,} only", cache(window)),
-        (tables.method_name(treecode), cache(treecode)),
+        cache(Exact()),
+        (PRODUCT, host, partial(Product, capacity)),
+        (f"window of {WINDOW:,} only", host, partial(Product, capacity, WINDOW)),
+        cache(replace(TREECODE, seed=setup.seed)),
     ]
 
 
-def measure(setup: Text, tokens: np.ndarray, begin: Begin) -> tuple[list[Row], bytes, bytes]:
-    """The rows of the table, and what exact attention and the treecode wrote."""
-    weights, first = byte_model.load(), max(1, len(tokens) // 2)
-    rows, writers = {}, []
-    for name, cache in ways(setup, len(tokens) + setup.new):
+def run(setup: Text, tokens: np.ndarray, begin: Begin) -> list[Writer]:
+    """Every way reads the text, then all write, a byte each in turn."""
+    weights, first, writers = byte_model.load(), max(1, len(tokens) // 2), []
+    for name, backend, cache in ways(setup, len(tokens) + setup.new):
         begin(f"reading {len(tokens):,} bytes, {name}")
-        decoder = Decoder(weights, [cache() for _ in range(byte_model.LAYERS)], setup.backend)
+        decoder = Decoder(weights, [cache() for _ in range(byte_model.LAYERS)], backend)
         logits = np.concatenate([decoder.read(tokens[:first]), decoder.read(tokens[first:])])
-        rows[name] = Row(name, byte_model.bits_per_byte(logits, tokens, first), decoder.rows)
-        if not name.startswith(WINDOW_ONLY):
-            writers.append(Writer(name, decoder, logits[-1]))
+        bits = byte_model.bits_per_byte(logits, tokens, first)
+        writers.append(Writer(name, decoder, bits, decoder.rows, logits[-1]))
     for number, chance in enumerate(np.random.default_rng(setup.seed).random(setup.new)):
         begin(f"byte {number + 1:,} of {setup.new:,}")
         for writer in writers:
             writer.step(setup.temperature, float(chance))
-    begin("the errors")
-    exact, *_, treecode = writers
-    fastest = min(float(np.median(writer.seconds)) for writer in writers[:-1])
-    for writer in writers:
-        seconds, attention = float(np.median(writer.seconds)), float(np.median(writer.attention))
-        error, p99 = writer.errors()
-        rows[writer.name] = replace(
-            rows[writer.name],
-            seconds=seconds,
-            attention_seconds=attention,
-            speedup=fastest / seconds,
-            error=error,
-            p99=p99,
-        )
-    return list(rows.values()), bytes(exact.written), bytes(treecode.written)
+    return writers
 
 
 def agreement(a: bytes, b: bytes) -> int:
@@ -250,7 +246,8 @@ def table(rows: list[Row], about: dict[str, Any]) -> Table:
             row.method,
             f"{row.bits:.4f}",
             f"{row.rows:,.0f}",
-            *("" if value is None else tables.micro(value) for value in (row.seconds, row.attention_seconds)),
+            tables.micro(row.seconds),
+            tables.micro(row.attention_seconds),
             tables.factor(row.speedup),
             tables.percent(row.error),
             tables.percent(row.p99),
@@ -268,14 +265,13 @@ def table(rows: list[Row], about: dict[str, Any]) -> Table:
 
 def _notes(rows: list[Row], about: dict[str, Any]) -> list[str]:
     context, new = about["context"], about["new"]
-    exact = [row for row in rows if row.method.startswith("Exact")]
-    fastest = max(exact, key=lambda row: row.speedup or 0.0).method
+    fastest = max((row for row in rows if row.method in EXACT), key=lambda row: row.speedup).method
     notes = [
         f"bits/byte: the model's, on positions {max(1, context // 2):,} to {context - 1:,}, its attention replaced in "
         "every layer from the first byte on; with group=1 the treecode reads a text as it would byte by byte.",
         "rows read: by a query, mean over the positions of bits/byte; a summary of many keys is a row.",
         "time: of a new byte, the whole model, median; the rows of the table take turns. speed-up: of it, over "
-        f"{fastest}{', the faster exact row' * (len(exact) > 1)}.",
+        f"{fastest}, the faster exact row.",
         "error: of the attention of all new bytes, Frobenius norm of the difference from exact attention in float64, "
         "over that, mean over layers and heads; p99: of single queries.",
         f"Exact() and the treecode agree on {'all' if about['agree'] == new else 'the first'} {about['agree']:,} bytes "

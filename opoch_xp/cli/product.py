@@ -1,7 +1,9 @@
 """Exact attention as anyone would write it: two matrix products and a softmax, over keys and values in two arrays."""
 
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_namespace
 
 from opoch_xp.attention import Attention, Report
@@ -14,6 +16,8 @@ ROWS = 256  # queries at a time
 class Product:
     """What a KVCache is compared with, called as one is; for arrays that can be written to.
 
+    window: a query reads so many of the most recent keys, its own included, and no others.
+
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
     >>> out = Product(capacity=60).prefill(q, k, v).out
@@ -21,8 +25,8 @@ class Product:
     True
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
+    def __init__(self, capacity: int, window: int | None = None) -> None:
+        self.capacity, self.window, self.length = capacity, window or capacity, 0
         self.held: list[Array] = []
 
     def __len__(self) -> int:
@@ -45,13 +49,11 @@ class Product:
     def attend(self, q: Array) -> Attention:
         """Attention of queries (heads, n_q, d) of the last n_q tokens, causal."""
         xp, n_q = array_namespace(q), q.shape[1]
-        parts = [
-            self._attend(q[:, low : low + ROWS, :], self.length - n_q + min(low + ROWS, n_q))
-            for low in range(0, n_q, ROWS)
-        ]
+        first, cuts = self.length - n_q, [*range(0, n_q, ROWS), n_q]
+        parts = [self._attend(q[:, low:high, :], first + high) for low, high in pairwise(cuts)]
         out, lse = parts[0] if len(parts) == 1 else (xp.concat(x, axis=1) for x in zip(*parts, strict=True))
-        rows = self.length - (n_q - 1) / 2
-        return Attention(out, lse, Report(Exact(), "two products", {"local": rows}, rows, ()))
+        rows = float(np.mean(np.minimum(np.arange(first, self.length) + 1, self.window)))
+        return Attention(out, lse, Report(Exact(), "two products", {"local": rows}, self.length - (n_q - 1) / 2, ()))
 
     def prefill(self, q: Array, k: Array, v: Array) -> Attention:
         """Append, and attend with the queries of the same tokens."""
@@ -61,13 +63,16 @@ class Product:
     def _attend(self, q: Array, stop: int) -> tuple[Array, Array]:
         """Queries of the m tokens before `stop`; the query heads that share a key head are rows of one product."""
         xp, (heads, m, dim) = array_namespace(q), q.shape
-        k, v = (x[:, :stop, :] for x in self.held)
+        start = max(0, stop - m + 1 - self.window)
+        k, v = (x[:, start:stop, :] for x in self.held)
         weight = xp.matmul(xp.reshape(q * dim**-0.5, (k.shape[0], -1, dim)), xp.matrix_transpose(k))
         if m > 1:
-            weight = xp.reshape(weight, (heads, m, stop))
-            place = xp.arange(stop, device=device(q))
-            weight = xp.where(place > place[stop - m :, None], -xp.inf, weight)
-            weight = xp.reshape(weight, (k.shape[0], -1, stop))
+            back = np.arange(stop - m, stop)[:, None] - np.arange(start, stop)  # (m, keys)
+            seen = xp.asarray((back >= 0) & (back < self.window), device=device(q))
+            weight = xp.where(
+                seen, xp.reshape(weight, (heads, m, -1)), xp.asarray(-xp.inf, dtype=q.dtype, device=device(q))
+            )
+            weight = xp.reshape(weight, (k.shape[0], -1, stop - start))
         top = xp.max(weight, axis=-1, keepdims=True)
         weight -= top
         weight = xp.exp(weight, out=weight) if is_numpy_namespace(xp) else xp.exp(weight)
