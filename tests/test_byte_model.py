@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from opoch_xp.cache import KVCache
 from opoch_xp.data import byte_model
+from opoch_xp.methods import Exact
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,16 @@ def test_later_text_never_changes_what_was_predicted(run):
     weights, tokens, logits, _ = run
     earlier, _ = byte_model.forward(weights, tokens[:600])
     np.testing.assert_allclose(earlier, logits[:600], rtol=1e-3, atol=1e-3)
+
+
+def test_a_text_can_be_read_in_parts(run):
+    weights, tokens, logits, _ = run
+    caches, parts = [KVCache(Exact()) for _ in range(byte_model.LAYERS)], []
+    for part in np.split(tokens[:600], [500, 501, 502]):
+        layers = iter(caches)
+        start = len(caches[0])
+        parts.append(byte_model.forward(weights, part, lambda *heads: next(layers).prefill(*heads).out, start)[0])  # noqa: B023
+    np.testing.assert_allclose(np.concatenate(parts), logits[:600], rtol=1e-3, atol=1e-3)
 
 
 def test_exact_attention_equals_the_dense_softmax():

@@ -99,3 +99,47 @@ def test_heads_are_the_byte_model_s():
 def test_what_cannot_be_made(arguments, message):
     with pytest.raises(ValueError, match=message):
         workloads.make(**arguments)
+
+
+def test_a_stream_in_pieces_is_the_stream_at_once():
+    whole, pieces = workloads.Stream(8, 2, seed=1), workloads.Stream(8, 2, seed=1)
+    k, v = whole.tokens(3000)
+    parts = []
+    for n in (1, 0, 700, 2299):
+        pieces.queries(3)  # which do not matter to keys and values
+        parts.append(pieces.tokens(n))
+    for x, some in zip((k, v), zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(np.concatenate(some, axis=1), x)
+        assert x.dtype == np.float32
+        assert not np.array_equal(x[0], x[1])
+    assert not np.array_equal(k, workloads.Stream(8, 2, seed=2).tokens(3000)[0])
+
+
+def test_topics_of_a_stream_stay_for_32_to_512_tokens():
+    stream = workloads.Stream(64)
+    k, v = (x[0] for x in stream.tokens(60_000))
+    (centers,) = (head.centers for head in stream._heads)
+    topic = np.argmax(k @ centers.T - 0.75 * np.square(centers).sum(1), axis=1)  # the nearest center
+    runs = np.diff(np.flatnonzero(np.diff(topic)))
+    assert 32 <= runs.min() < 60
+    assert 480 < runs.max() <= 512
+    assert runs.mean() == pytest.approx((32 + 512) / 2, rel=0.1)
+    assert (k - 1.5 * centers[topic]).std() == pytest.approx(0.5, rel=0.01)
+    assert (v - centers[topic]).std() == pytest.approx(1.0, rel=0.01)
+
+
+def test_queries_of_a_stream_are_on_topics_of_their_own():
+    stream = workloads.Stream(64, 2)
+    q = np.concatenate([stream.queries(3) for _ in range(100)], axis=1)
+    assert q.shape == (6, 100, 64)
+    for number, head in enumerate(stream._heads):
+        own = q[3 * number : 3 * number + 3].reshape(-1, 64)
+        topic = np.argmax(own @ head.centers.T - 0.75 * np.square(head.centers).sum(1), axis=1)
+        assert (own - 1.5 * head.centers[topic]).std() == pytest.approx(0.5, rel=0.02)
+        assert len(set(topic.tolist())) > 200  # of 300, drawn among 1,024
+
+
+@pytest.mark.parametrize("arguments", [{"dim": 0}, {"heads": 0}])
+def test_streams_that_cannot_be_made(arguments):
+    with pytest.raises(ValueError, match="at least 1"):
+        workloads.Stream(**arguments)

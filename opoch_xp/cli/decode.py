@@ -17,7 +17,7 @@ from opoch_xp.backends.numpy import thread_count
 from opoch_xp.cache import KVCache
 from opoch_xp.cli import tables
 from opoch_xp.cli.product import Product
-from opoch_xp.cli.rows import arrays_of
+from opoch_xp.cli.rows import arrays_of, library_of
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.measure import machine
 from opoch_xp.methods import Exact, Method, Treecode
@@ -151,12 +151,11 @@ def measure_decode(setup: Setup, sink: Sink) -> None:
 
 def facts(backend: str, seed: int) -> dict[str, Any]:
     """What a measurement depends on besides its options."""
-    (some,) = arrays_of(backend, np.zeros((1, 1), np.float32))
     return {
         "dtype": "float32",
         "seed": seed,
         "backend": backend,
-        "kernels": kernels_for(array_namespace(some), named(backend)).name,
+        "kernels": kernels_for(library_of(backend), named(backend)).name,
         "machine": machine(),
         "threads": thread_count() if backend == "numpy" else None,
         "python": platform.python_version(),
@@ -165,10 +164,9 @@ def facts(backend: str, seed: int) -> dict[str, Any]:
     }
 
 
-def writable(backend: str) -> bool:
-    """Whether arrays of the backend's library can be written to, as `Product` does."""
-    (some,) = arrays_of(backend, np.zeros((1, 1), np.float32))
-    return bool(is_writeable_array(some))
+def writable(xp: Any) -> bool:
+    """Whether arrays of the library can be written to, as `Product` does."""
+    return bool(is_writeable_array(xp.zeros(1)))
 
 
 def named(backend: str) -> str | None:
@@ -178,7 +176,7 @@ def named(backend: str) -> str | None:
 
 def measure(setup: Setup, begin: Begin) -> list[Row]:
     """The prompt goes into every cache, then tokens come one at a time, to each cache in turn."""
-    stream, product = workloads.Stream(setup.dim, setup.key_heads, setup.seed), writable(setup.backend)
+    stream, product = workloads.Stream(setup.dim, setup.key_heads, setup.seed), writable(library_of(setup.backend))
     begin("warming up")
     _warm_up(setup)
     runners = [

@@ -14,7 +14,7 @@ from opoch_xp.cache import KVCache
 from opoch_xp.cli import tables
 from opoch_xp.cli.decode import PRODUCT, facts, named, where, writable
 from opoch_xp.cli.product import Product
-from opoch_xp.cli.rows import arrays_of
+from opoch_xp.cli.rows import library_of
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.cli.wall import WINDOW
 from opoch_xp.data import byte_model
@@ -71,7 +71,7 @@ class Decoder:
 
     weights: byte_model.Weights
     caches: list[KVCache | Product]
-    backend: str
+    xp: Any  # the library of the caches' arrays
     attention_seconds: float = 0.0  # of the last reading
     rows: float = 0.0  # read by a query in the last reading, mean
     read_heads: list[list[tuple[np.ndarray, ...]]] = field(default_factory=list)  # q, k, v by layer of each reading
@@ -83,7 +83,7 @@ class Decoder:
 
         def attention(*heads: np.ndarray) -> np.ndarray:
             start = perf_counter()
-            found = next(caches).prefill(*arrays_of(self.backend, *heads))
+            found = next(caches).prefill(*map(self.xp.asarray, heads))
             self.outs.append(to_host(found.out))
             self.attention_seconds += perf_counter() - start
             rows.append(sum(found.report.rows.values()))
@@ -193,13 +193,13 @@ def text(setup: Text) -> tuple[np.ndarray, str]:
     return tokens, f"the last {len(tokens):,} of {size:,} bytes of {setup.file}"
 
 
-def ways(setup: Text, capacity: int) -> list[tuple[str, str, Callable[[], KVCache | Product]]]:
+def ways(setup: Text, capacity: int) -> list[tuple[str, Any, Callable[[], KVCache | Product]]]:
     """Exact twice, the window and the treecode: the name, the library of the arrays, and what makes a cache."""
-    host = setup.backend if writable(setup.backend) else "numpy"
+    xp = library_of(setup.backend)
+    host = xp if writable(xp) else np
 
-    def cache(method: Method) -> tuple[str, str, Callable[[], KVCache]]:
-        made = partial(KVCache, method, capacity, backend=named(setup.backend))
-        return tables.method_name(method), setup.backend, made
+    def cache(method: Method) -> tuple[str, Any, Callable[[], KVCache]]:
+        return tables.method_name(method), xp, partial(KVCache, method, capacity, backend=named(setup.backend))
 
     return [
         cache(Exact()),
@@ -212,9 +212,9 @@ def ways(setup: Text, capacity: int) -> list[tuple[str, str, Callable[[], KVCach
 def run(setup: Text, tokens: np.ndarray, begin: Begin) -> list[Writer]:
     """Every way reads the text, then all write, a byte each in turn."""
     weights, first, writers = byte_model.load(), max(1, len(tokens) // 2), []
-    for name, backend, cache in ways(setup, len(tokens) + setup.new):
+    for name, xp, cache in ways(setup, len(tokens) + setup.new):
         begin(f"reading {len(tokens):,} bytes, {name}")
-        decoder = Decoder(weights, [cache() for _ in range(byte_model.LAYERS)], backend)
+        decoder = Decoder(weights, [cache() for _ in range(byte_model.LAYERS)], xp)
         logits = np.concatenate([decoder.read(tokens[:first]), decoder.read(tokens[first:])])
         bits = byte_model.bits_per_byte(logits, tokens, first)
         writers.append(Writer(name, decoder, bits, decoder.rows, logits[-1]))

@@ -7,6 +7,7 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_namespace
 
 from opoch_xp.attention import Attention, Report
+from opoch_xp.cache.arrays import bytes_of
 from opoch_xp.methods import Exact
 
 Array = Any
@@ -34,7 +35,7 @@ class Product:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.held)
+        return bytes_of(*self.held)
 
     def append(self, k: Array, v: Array) -> None:
         """Keys and values (key heads, m, d) after those that are there."""

@@ -65,16 +65,21 @@ class Row:
     refused: bool = False
 
 
-def arrays_of(backend: str, *arrays: np.ndarray) -> tuple[Array, ...]:
-    """The arrays in the library that the backend is for; ValueError where there is none, or it is not installed."""
+def library_of(backend: str) -> Any:
+    """The namespace of the library that the backend is for; ValueError where there is none, or it is not installed."""
     names = sorted({*LIBRARIES, *(entry.name for entry in installed())})
     if backend not in names:
         raise ValueError(f"--backend must be one of {', '.join(names)}; got {backend!r}")
     library = LIBRARIES.get(backend, backend)
     try:
-        xp = namespace(library)
+        return namespace(library)
     except ImportError:
         raise ValueError(f"--backend {backend} needs {library}, which is not installed") from None
+
+
+def arrays_of(backend: str, *arrays: np.ndarray) -> tuple[Array, ...]:
+    """The arrays in the library that the backend is for; raises as `library_of`."""
+    xp = library_of(backend)
     return tuple(xp.asarray(array) for array in arrays)
 
 
