@@ -41,6 +41,8 @@ class Text:
     seed: int
 
     def __post_init__(self) -> None:
+        if not np.isfinite(self.temperature):
+            raise ValueError(f"--temperature must be a finite number, got {self.temperature}")
         if self.context is not None and not 2 <= self.context <= HEADS_LIMIT:
             raise ValueError(
                 f"--context must be from 2 to {HEADS_LIMIT:,} with --model, whose exact reading of the text costs its "
