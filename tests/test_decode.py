@@ -215,5 +215,5 @@ def test_decode_refuses_in_one_line(tmp_path):
     assert "directory" in refused(*model, "--file", tmp_path)
     (tmp_path / "empty").touch()
     assert "at least 2 bytes, got 0" in refused(*model, "--file", tmp_path / "empty")
-    assert "--temperature must be a finite number" in refused(*model, "--temperature", "nan")
+    assert "--temperature must be a finite number" in refused(*model, "--temperature", "inf")
     assert run(*model, "--temperature", -1, code=2).stdout == ""
