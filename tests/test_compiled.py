@@ -12,9 +12,10 @@ pytest.importorskip("numba")
 import opoch_xp as ox
 from opoch_xp.backends import compiled, generic
 from opoch_xp.backends.compiled import attend, exact, split, tree, vector
-from opoch_xp.backends.compiled.threads import plain, share
+from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.forest import directions
+from opoch_xp.threads import share
 from opoch_xp.tree import Lists, splits
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11}

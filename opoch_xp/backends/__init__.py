@@ -4,7 +4,8 @@ A plugin is a module named by an entry point of the group `opoch_xp.backends`; t
 library. It may define any of KERNELS, with the signature and meaning of the twin in `opoch_xp.backends.generic`; what
 it lacks is filled with that twin once, when the plugin is loaded. Nothing falls back at call time. It may also define
 ACCEPTS, the dtypes its kernels take as they are (others are widened to float32 before; kernels that accept 16 bits
-return float32), COST, what the automatic choice reckons with, API_VERSION, the version of this contract that it was
+return float32), COST, what the automatic choice reckons with, thread_count(), from how many threads at a time its
+kernels may be called with a gain (1 where it says nothing), API_VERSION, the version of this contract that it was
 written for (1 where it says none), and unavailable(), why it cannot be used here, or "".
 
 `opoch_xp.testing.check_backend` is the contract in executable form.
@@ -33,7 +34,7 @@ KERNELS = (
     "search_buckets",
     "synchronize",
 )
-CONSTANTS = ("ACCEPTS", "COST")
+CONSTANTS = ("ACCEPTS", "COST", "thread_count")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ no more, is split anew where it is asked for.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,10 @@ from opoch_xp.cache.arrays import bytes_of, taken, write_tokens
 from opoch_xp.cache.layout import Layout, alike
 from opoch_xp.cache.memory import Memory
 from opoch_xp.cache.trees import Trees
-from opoch_xp.forest import attend_tier, key_axes, local_parts, rows_per_query, tier_runs, tiers
+from opoch_xp.forest import Part, Tier, attend_tier, key_axes, local_parts, rows_per_query, tier_runs, tiers
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem, Solution
+from opoch_xp.threads import share
 from opoch_xp.tree import Tree
 
 Array = Any
@@ -219,14 +221,28 @@ class Forest:
             self._become(sequences, n, n // block * block)  # every query sees the last block: it is one as others are
         q = xp.reshape(q, (-1, *q.shape[2:]))
         problem, state = self._local(sequences, q, causal, scale)
-        for tier in tiers(n_q, n, causal, self.method):
-            tree, chunk = self._chunks(sequences, tier.number, tier.low, tier.high)
-            for runs in tier_runs(q.shape, n, self.method, tier, chunk, together=True):
-                start, part = attend_tier(problem, self.method, tree, runs)
-                state = problem.kernels.merge_part(*state, *part, start)
+        for start, part in self._tier_parts(sequences, problem, tiers(n_q, n, causal, self.method), n):
+            state = problem.kernels.merge_part(*state, *part, start)
         read = rows_per_query(n_q, n, causal, self.method)
         self.memory.read(q.shape[0] * q.shape[1] * n_q * int(read["near"] + read["own"]) * self._row_bytes)
         return Solution(*state, read)
+
+    def _tier_parts(self, sequences: np.ndarray, problem: Problem, found: list[Tier], n: int) -> list[Part]:
+        """The parts of the tiers, in their order; all at a time where a tier alone leaves threads without work."""
+        calls = []
+        for tier in found:
+            tree, chunk = self._chunks(sequences, tier.number, tier.low, tier.high)
+            runs = tier_runs(problem.q.shape, n, self.method, tier, chunk, together=True)
+            calls += [partial(attend_tier, problem, self.method, tree, run) for run in runs]
+        parts: list[Any] = [None] * len(calls)
+
+        def work(number: int) -> None:
+            parts[number] = calls[number]()
+
+        threads = self._kernels.thread_count() if self.layout.host else 1
+        largest_first = range(len(calls))[::-1]
+        share(work, largest_first, threads if problem.q.shape[0] < threads else 1)
+        return parts
 
     def _local(
         self, sequences: np.ndarray, q: Array, causal: bool, scale: float

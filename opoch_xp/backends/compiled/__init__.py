@@ -6,7 +6,7 @@ where Numba is installed.
     attend   a group of queries against the trees of a run of chunks
     tree     summaries, and the launch of attend
     exact    streaming exact attention, merging of parts
-    threads  tasks over threads, arrays as kernels take them
+    plain    arrays as kernels take them
 
 Arrays are NumPy's, float32 or float64. The first call of a process loads machine code from disk, the first on a machine
 compiles it. It is kept beside the sources, or where NUMBA_CACHE_DIR says; a change of one source does not renew what

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from opoch_xp.backends.compiled.threads import plain, share
+from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.compiled.vector import ROWS, VECTOR, compiled, dots, exponential, mix
+from opoch_xp.threads import share
 
 Array = Any
 

@@ -1,22 +1,24 @@
 """The treecode's kernels on a host: summaries, and the launch of `attend`. Arrays are NumPy's; `workers` threads."""
 
+from itertools import accumulate
 from math import log
 from typing import Any
 
 import numpy as np
 
 from opoch_xp.backends.compiled.attend import attend_groups
+from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.compiled.split import principal_order
-from opoch_xp.backends.compiled.threads import plain, share
 from opoch_xp.backends.compiled.vector import compiled
 from opoch_xp.methods import Treecode
+from opoch_xp.threads import share
 from opoch_xp.tree import Lists, Tree, group_count, level_nodes, splits
 
 Array = Any
 
 KEYS = 1 << 13  # summarised by a task
 QUERIES = 1 << 10  # attended by a task: some ms
-NONE = np.zeros(0)
+NONE, NONE_KEPT = np.zeros(0), np.zeros(0, bool)
 
 
 def build_tree(
@@ -142,7 +144,9 @@ def tree_attention(
     workers: int,
 ) -> tuple[Array, Array]:
     """See opoch_xp.backends.generic.tree.tree_attention."""
-    return _attend(queries, tree, first, count, axes, method, scale, groups, lists, workers)[:2]
+    tasks, n, _ = queries.shape
+    out, lse, _, _ = _attend(queries, tree, first, count, axes, method, scale, groups, lists, workers)
+    return out.reshape(tasks, n, -1), lse.reshape(tasks, n)
 
 
 def tree_lists(
@@ -158,56 +162,58 @@ def tree_lists(
     workers: int,
 ) -> Lists:
     """What `tree_attention` opens for the groups given; -1 where a group opens fewer nodes than another."""
-    return _attend(queries, tree, first, count, axes, method, scale, groups, None, workers)[2]
+    _, _, opened, own = _attend(queries, tree, first, count, axes, method, scale, groups, None, workers)
+    return Lists(tuple(opened), own)
 
 
 def _attend(
     queries: Array, tree: Tree, first: Any, count: Any, axes: Any, method: Treecode, scale: float,
     groups: Array | None, lists: Lists | None, workers: int,
-) -> tuple[Array, Array, Lists]:  # fmt: skip
+) -> tuple[Array, Array, list[Array], Array]:  # fmt: skip
+    """out (T * n, e), lse (T * n,), and the nodes and own cells that every group opened."""
     tasks, n, dim = queries.shape
     kind, width = queries.dtype, tree.cells.shape[2] - tree.dim
     out, lse = np.zeros((tasks * n, width), kind), np.full(tasks * n, -np.inf, kind)
     queries, finite = finite_rows(queries)
-    if groups is None:
-        groups = query_groups(queries, axes, method, workers)
+    first, count = (np.asarray(x, np.int64) for x in (first, count))
     total = group_count(n, method.group)
-    size = groups.shape[1] // total
-    index = (groups.reshape(tasks, total, size) + np.arange(0, tasks * n, n)[:, None, None]).reshape(-1, size)
-    held = np.tile(np.minimum(size, n - np.arange(total) * size), tasks)  # padding comes last
-    first, count = (np.repeat(np.asarray(x, np.int64), total) for x in (first, count))
-    levels, coarse = len(tree.summaries), [plain(a) for a in tree.summaries[::-1]]
-    nodes = np.array([a.shape[1] for a in coarse])
+    if total == 1 and groups is None:  # of one group any order will do
+        index, held = np.arange(tasks * n).reshape(tasks, n), np.full(tasks, n)
+    else:
+        groups = query_groups(queries, axes, method, workers) if groups is None else groups
+        size = groups.shape[1] // total
+        index = (groups.reshape(tasks, total, size) + np.arange(0, tasks * n, n)[:, None, None]).reshape(-1, size)
+        held = np.tile(np.minimum(size, n - np.arange(total) * size), tasks)  # padding comes last
+        first, count = first.repeat(total), count.repeat(total)
+    size = index.shape[1]
+    coarse = [plain(a) for a in tree.summaries[::-1]]
     addresses = np.array([a.ctypes.data for a in coarse])  # nothing is copied: a cache may hold more than is read
+    nodes = [a.shape[1] for a in coarse]
     none = NONE.astype(kind)
     counts = none if tree.counts is None else np.concatenate([a.reshape(-1) for a in tree.counts[::-1]])
-    logs = np.array([log(number) for number in tree.sizes[::-1]], kind)
-    widths, candidates = [], int(count.max(initial=0)) * int(nodes[0])
-    for level in range(levels):
-        widths.append(min(method.open if level + 1 < levels else method.near, candidates))
-        if level + 1 < levels:
-            candidates = widths[-1] * int(nodes[level + 1] // nodes[level])
-    own = max(0, min(method.own, candidates - widths[-1]))
+    widths, own = _widths(nodes, int(count.max(initial=0)), method)
     if lists is None:
-        opened = np.full((len(index), sum(widths)), -1)
-        own_list = np.full((len(index), size, own), -1)
+        opened, own_list = np.full((len(index), sum(widths)), -1), np.full((len(index), size, own), -1)
     else:
         opened = np.concatenate([np.asarray(a) for a in lists.opened], axis=1)
-        widths, own = [a.shape[1] for a in lists.opened], lists.own.shape[2]
-        own_list = lists.own
+        widths, own, own_list = [a.shape[1] for a in lists.opened], lists.own.shape[2], lists.own
     cells = plain(tree.cells).reshape(-1, tree.cells.shape[2])
-    kept = none.astype(bool) if tree.kept is None else plain(tree.kept).reshape(-1)
-    alive = none.astype(bool) if finite is None else plain(finite).reshape(-1)
+    kept = NONE_KEPT if tree.kept is None else plain(tree.kept).reshape(-1)
+    alive = NONE_KEPT if finite is None else plain(finite).reshape(-1)
     flat = plain(queries).reshape(-1, dim)
-    heavy = np.flatnonzero(count)[np.argsort(-count[count > 0], kind="stable")]  # the longest first
+    heavy = np.flatnonzero(count)
+    if len(heavy) > 1:
+        heavy = heavy[np.argsort(-count[heavy], kind="stable")]  # the longest first
     index, held, first, count = (np.ascontiguousarray(x[heavy]) for x in (index, held, first, count))
     chosen, chosen_own = np.ascontiguousarray(opened[heavy]), np.ascontiguousarray(own_list[heavy])
+    logs = np.array([log(number) for number in tree.sizes[::-1]], kind)
+    levels, wide = np.array(nodes), np.array(widths)
     step = max(1, QUERIES // size)
 
     def work(low: int) -> None:
         attend_groups(
             flat, alive, index, held, first, count, low, min(low + step, len(index)), addresses, counts,
-            len(tree.cells), nodes, logs, cells, kept, tree.leaf, dim, np.array(widths), own, kind.type(scale),
+            len(tree.cells), levels, logs, cells, kept, tree.leaf, dim, wide, own, kind.type(scale),
             lists is not None, chosen, chosen_own, out, lse,
         )  # fmt: skip
 
@@ -216,5 +222,15 @@ def _attend(
         opened[heavy], own_list[heavy] = chosen, chosen_own
     if finite is not None:
         out[~alive], lse[~alive] = np.nan, np.nan
-    ends = np.cumsum(widths)[:-1]
-    return out.reshape(tasks, n, -1), lse.reshape(tasks, n), Lists(tuple(np.split(opened, ends, axis=1)), own_list)
+    return out, lse, np.split(opened, list(accumulate(widths))[:-1], axis=1), own_list
+
+
+def _widths(nodes: list[int], chunks: int, method: Treecode) -> tuple[list[int], int]:
+    """How many nodes of each level, coarsest first, a group opens of so many chunks, and the own cells of a query."""
+    widths, candidates = [], chunks * nodes[0]
+    for level in range(len(nodes)):
+        last = level + 1 == len(nodes)
+        widths.append(min(method.near if last else method.open, candidates))
+        if not last:
+            candidates = widths[-1] * (nodes[level + 1] // nodes[level])
+    return widths, max(0, min(method.own, candidates - widths[-1]))

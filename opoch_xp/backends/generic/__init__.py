@@ -22,6 +22,7 @@ __all__ = [
     "search_buckets",
     "sort_tables",
     "synchronize",
+    "thread_count",
     "tree_attention",
 ]
 
@@ -35,3 +36,8 @@ def synchronize(*arrays: Any) -> None:
         wait = getattr(array, "block_until_ready", None)
         if wait is not None:
             wait()
+
+
+def thread_count() -> int:
+    """From how many threads at a time kernels may be called with a gain: these wait for one another."""
+    return 1

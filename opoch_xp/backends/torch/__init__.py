@@ -20,6 +20,7 @@ __all__ = [
     "precision",
     "query_groups",
     "synchronize",
+    "thread_count",
     "tree_attention",
 ]
 
@@ -30,3 +31,8 @@ def synchronize(*arrays: torch.Tensor) -> None:
     """Wait until the device of each array has computed it; a CPU has when it returns."""
     for device in {array.device for array in arrays if array.is_cuda}:
         torch.cuda.synchronize(device)
+
+
+def thread_count() -> int:
+    """From how many threads at a time kernels may be called with a gain: compiled ones alone, PyTorch has its own."""
+    return torch.get_num_threads() if wanted() else 1
