@@ -5,50 +5,58 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
 from common import Table
-from opoch_xp.cli.product import Product
 
 import opoch_xp as ox
 from opoch_xp import workloads
+from opoch_xp.cli.product import Product
 from opoch_xp.measure import resident
 
 DIM, HEADS = 64, 8
 ONE_MILLION = 1_000_000
 LENGTHS = (65_536, 262_144, 1_048_576)
-PLACES, STEPS = 16, 9  # places spread over the second half of a length, steps at each
+PLACES, STEPS, COLD = 16, 9, 5  # places spread over the second half of a length, steps at each
+REST = 0.2  # seconds before a method's steps: after a product, threads of BLAS spin for a while on cores in need
 PIECE = 65_536  # tokens appended at a time
 MAPPED = 4_000_000  # tokens of the cache in files
 METHODS = (
     ox.Treecode(group=8, open=128, near=32, own=8),
+    ox.Treecode(group=8, open=192, near=32, own=8),
     ox.Treecode(group=8, open=256, near=32, own=8),
-    ox.Treecode(group=8, leaf=8, open=128, near=64, own=8),
     ox.Treecode(),
 )
 
 
 @dataclass
 class Measured:
-    """Times of steps by place, errors of steps and of single queries, rows read."""
+    """Times of steps by place, in a row and after other memory was read; errors of steps and of queries; rows read."""
 
     times: list[list[float]] = field(default_factory=list)
+    cold: list[list[float]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     single: list[float] = field(default_factory=list)
     rows: list[float] = field(default_factory=list)
 
-    @property
-    def seconds(self) -> float:
-        """Of a step: the median at each place, their mean over the places."""
-        return mean(map(median, self.times))
+    def compare(self, outs: list[np.ndarray], exact: list[np.ndarray]) -> None:
+        for out, right in zip(outs, exact, strict=True):
+            wrong = out.astype(np.float64) - right
+            self.errors.append(float(np.linalg.norm(wrong) / np.linalg.norm(right)))
+            self.single += (np.linalg.norm(wrong, axis=-1) / np.linalg.norm(right, axis=-1)).ravel().tolist()
+
+
+def seconds(times: list[list[float]]) -> float:
+    """Of a step: the median at each place, their mean over the places."""
+    return mean(map(median, times))
 
 
 def filled(stream: workloads.Stream, caches: list[Any], start: int, stop: int) -> None:
@@ -58,31 +66,32 @@ def filled(stream: workloads.Stream, caches: list[Any], start: int, stop: int) -
             cache.append(k, v)
 
 
-def measured(tokens: int, places: list[int], methods: tuple[ox.Treecode, ...]) -> list[Measured]:
-    """BLAS first, then the methods, in turn at every step; a step appends a token and attends."""
-    stream, capacity = workloads.Stream(DIM, seed=1), tokens + len(places) * (STEPS + 1)
-    caches = [Product(capacity), *(ox.KVCache(method, capacity) for method in methods)]
-    found = [Measured() for _ in caches]
+def measured(tokens: int, places: list[int], methods: Sequence[ox.Treecode]) -> list[Measured]:
+    """BLAS first, then Exact() and the methods, in turn at every place: steps in a row, each a token appended and
+    attended, the first of which does not count; then steps after as much other memory was read as BLAS reads."""
+    stream, capacity = workloads.Stream(DIM, seed=1), tokens + len(places) * (STEPS + COLD + 1)
+    caches: list[Any] = [Product(capacity), *(ox.KVCache(method, capacity) for method in (ox.Exact(), *methods))]
+    found, other = [Measured() for _ in caches], np.ones(2 * DIM * tokens, np.float32)
     for place in places:
         filled(stream, caches, len(caches[0]), place)
-        for one in found:
-            one.times.append([])
-        for step in range(STEPS + 1):  # the first is not counted: it finds nothing in memory that it needs
-            (k, v), q = stream.tokens(1), stream.queries(HEADS)
-            exact = None
-            for cache, one in zip(caches, found, strict=True):
+        steps = [(*stream.tokens(1), stream.queries(HEADS)) for _ in range(1 + STEPS + COLD)]
+        exact: list[np.ndarray] = []
+        for cache, one in zip(caches, found, strict=True):
+            times, outs = [], []
+            sleep(REST)
+            for number, (k, v, q) in enumerate(steps):
+                if number > STEPS:
+                    other.sum()
                 start = perf_counter()
                 cache.append(k, v)
                 result = cache.attend(q)
-                seconds = perf_counter() - start
-                if not step:
-                    continue
-                out = result.out.astype(np.float64)
-                exact = out if exact is None else exact
-                one.times[-1].append(seconds)
-                one.errors.append(float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
-                one.single += (np.linalg.norm(out - exact, axis=-1) / np.linalg.norm(exact, axis=-1)).ravel().tolist()
+                times.append(perf_counter() - start)
+                outs.append(result.out)
                 one.rows.append(sum(result.report.rows.values()))
+            exact = exact or [out.astype(np.float64) for out in outs]
+            one.times.append(times[1 : STEPS + 1])
+            one.cold.append(times[STEPS + 1 :])
+            one.compare(outs, exact)
     return found
 
 
@@ -96,16 +105,17 @@ def steps() -> None:
     table = Table(
         "decode",
         "A step of decoding over a KVCache, 8 query heads on 1 key head of 64, keys in runs of 32 to 512 tokens",
-        ["tokens", "method", "step (ms)", "times faster", "error", "p99 of a query", "rows read"],
+        ["tokens", "method", "step (ms)", "times faster", "cold (ms)", "times faster", "error", "p99", "rows read"],
     )
     cases = [(f"{ONE_MILLION:,}", ONE_MILLION, [ONE_MILLION])]
     cases += [(f"{n // 2:,} to {n:,}", n, spread(n)) for n in LENGTHS]
     for name, tokens, places in cases:
         exact, *others = measured(tokens, places, METHODS)
-        table.add(name, "exact, BLAS", 1e3 * exact.seconds, 1.0, 0.0, 0.0, int(mean(exact.rows)))
-        for method, one in zip(METHODS, others, strict=True):
-            p99 = float(np.percentile(one.single, 99))
-            figures = (1e3 * one.seconds, exact.seconds / one.seconds, mean(one.errors), p99, int(mean(one.rows)))
+        whole, cold = seconds(exact.times), seconds(exact.cold)
+        table.add(name, "exact, BLAS", 1e3 * whole, 1.0, 1e3 * cold, 1.0, 0.0, 0.0, int(mean(exact.rows)))
+        for method, one in zip((ox.Exact(), *METHODS), others, strict=True):
+            a, b, p99 = seconds(one.times), seconds(one.cold), float(np.percentile(one.single, 99))
+            figures = (1e3 * a, whole / a, 1e3 * b, cold / b, mean(one.errors), p99, int(mean(one.rows)))
             table.add(name, method, *figures)
     table.save()
 

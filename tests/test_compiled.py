@@ -15,6 +15,7 @@ from opoch_xp.backends.compiled import attend, exact, split, tree, vector
 from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.forest import directions
+from opoch_xp.testing import assert_close, qkv, rounding
 from opoch_xp.threads import share
 from opoch_xp.tree import Lists, splits
 
@@ -270,3 +271,19 @@ def test_the_plugin_takes_them() -> None:
     from opoch_xp.backends import numpy
 
     assert numpy.tree_attention.__module__ == "opoch_xp.backends.numpy.compiled"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_of_few_queries_are_shared_out(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of keys, some of which a query sees nothing of, merged: the same as all at once."""
+    q, k, v = (x.astype("float32") for x in qkv(0, 9, 1000, lead=(2, 2), key_lead=(2,)))
+    mask = np.random.default_rng(1).random((2, 1000)) < 0.7
+    positions = np.arange(0, 900, 100) if causal else None
+    found = []
+    for size in (64, 10**6):
+        monkeypatch.setattr(exact, "RUN", size)
+        found.append(
+            exact.exact_attention(q, k, v, causal=causal, scale=0.5, mask=mask, positions=positions, workers=2)
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rounding(q, k, v))

@@ -18,16 +18,18 @@ Array = Any
 QUERIES, KEYS = 128, 256  # of a tile: its logits are 128 kB in float32, its queries 32 kB at d = 64
 TASK = 1 << 19  # pairs of a task, about: 1 ms
 MERGED = 1 << 12  # rows merged by a task
+FEW, RUN = 16, 1 << 14  # of fewer tiles the keys are tasks too, so many at a time, whatever the number of threads
 NONE = np.zeros(0, bool)
 
 
 @compiled
 def attend_rows(
-    q: Array, k: Array, v: Array, mask: Array, last: Array, repeat: int, scale: Any, low: int, high: int, out: Array,
-    lse: Array,
+    q: Array, k: Array, v: Array, mask: Array, last: Array, repeat: int, scale: Any, low: int, high: int, begin: int,
+    end: int, out: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Tiles of queries from low to high: q (heads, n_q, d), k (batch * n_k, d), v (batch * n_k, e), mask (batch * n_k,)
-    or empty; query i sees the keys at positions up to last[i]. Head h has the keys of entry h // repeat.
+    or empty; query i sees the keys at positions up to last[i], of those from begin to end. Head h has the keys of entry
+    h // repeat.
 
     Tiles are numbered so that the last rows of every head, which see most keys, come first.
     """
@@ -36,8 +38,9 @@ def attend_rows(
     vector = VECTOR // q.itemsize
     kind, zero, one = q.dtype, q.dtype.type(0), q.dtype.type(1)
     mass = np.empty((KEYS + ROWS, QUERIES), kind)
-    turned, sums = np.empty((dim, QUERIES), kind), np.empty((e, QUERIES), kind)
+    turned, sums, tile = np.empty((dim, QUERIES), kind), np.empty((e, QUERIES), kind), np.empty((e, QUERIES), kind)
     top, total, next_top = np.empty(QUERIES, kind), np.empty(QUERIES, kind), np.empty(QUERIES, kind)
+    weight = np.empty(QUERIES, kind)
     index = np.empty(KEYS + ROWS, np.int64)
     tiles = -(-n_q // QUERIES)
     for number in range(low, high):
@@ -46,6 +49,7 @@ def attend_rows(
         g = -(-count // vector) * vector
         base = head // repeat * n_k
         queries, acc = turned.reshape(-1)[: dim * g].reshape(dim, g), sums.reshape(-1)[: e * g].reshape(e, g)
+        part = tile.reshape(-1)[: e * g].reshape(e, g)
         logits = mass.reshape(-1)[: (KEYS + ROWS) * g].reshape(KEYS + ROWS, g)
         for j in range(count):
             for c in range(dim):
@@ -57,9 +61,9 @@ def attend_rows(
         total[:] = 0
         stop, least = 0, n_k
         for j in range(count):
-            stop = max(stop, min(n_k, last[first + j] + 1))
+            stop = max(stop, min(end, last[first + j] + 1))
             least = min(least, last[first + j])
-        for start in range(0, stop, KEYS):
+        for start in range(begin, stop, KEYS):
             held = min(KEYS, stop - start)
             padded = -(-held // ROWS) * ROWS
             for i in range(padded):
@@ -80,21 +84,23 @@ def attend_rows(
             for j in range(g):
                 if next_top[j] == -np.inf:
                     next_top[j] = 0
-            if start:
-                for j in range(g):
-                    top[j] = exponential(top[j] - next_top[j])
-                    total[j] *= top[j]
-                for c in range(e):
-                    for j in range(g):
-                        acc[c, j] *= top[j]
             for j in range(g):
-                top[j] = next_top[j]
+                weight[j] = 0
             for i in range(held):
                 for j in range(g):
-                    logits[i, j] = exponential(logits[i, j] - top[j])
+                    logits[i, j] = exponential(logits[i, j] - next_top[j])
                 for j in range(g):
-                    total[j] += logits[i, j]
-            mix(v, index, 0, held, 0, e, logits[:held], acc)
+                    weight[j] += logits[i, j]
+            part[:] = 0
+            mix(v, index, 0, held, 0, e, logits[:held], part)
+            for j in range(g):  # a tile's sums are added to those before it: of many keys few bits are lost
+                top[j] = exponential(top[j] - next_top[j]) if start > begin else zero
+                total[j] = total[j] * top[j] + weight[j]
+            for c in range(e):
+                for j in range(g):
+                    acc[c, j] = acc[c, j] * top[j] + part[c, j]
+            for j in range(g):
+                top[j] = next_top[j]
         for j in range(count):
             if total[j] == 0:
                 out[head, first + j, :] = 0
@@ -120,7 +126,6 @@ def exact_attention(
     """See opoch_xp.backends.generic.exact.exact_attention."""
     batch, repeat, n_q, dim = q.shape
     n_k, width = k.shape[1], v.shape[2]
-    out, lse = np.empty((batch * repeat, n_q, width), q.dtype), np.empty((batch * repeat, n_q), q.dtype)
     if not causal:
         last = np.full(n_q, n_k - 1)
     else:
@@ -130,13 +135,22 @@ def exact_attention(
     kept = NONE if mask is None else plain(mask).reshape(-1)
     tiles = len(rows) * -(-n_q // QUERIES)
     step = max(1, TASK // (QUERIES * max(1, n_k)))
+    runs = -(-n_k // RUN) if tiles < FEW else 1
+    out, lse = np.empty((runs, len(rows), n_q, width), q.dtype), np.empty((runs, len(rows), n_q), q.dtype)
 
-    def work(low: int) -> None:
-        high = min(low + step, tiles)
-        attend_rows(rows, keys, values, kept, last, repeat, q.dtype.type(scale), low, high, out, lse)
+    def work(task: tuple[int, int]) -> None:
+        run, low = task
+        begin, end = (run * RUN, min(run * RUN + RUN, n_k)) if runs > 1 else (0, n_k)
+        attend_rows(
+            rows, keys, values, kept, last, repeat, q.dtype.type(scale), low, min(low + step, tiles), begin, end,
+            out[run], lse[run],
+        )  # fmt: skip
 
-    share(work, range(0, tiles, step), workers)
-    return out.reshape(batch, repeat, n_q, width), lse.reshape(batch, repeat, n_q)
+    share(work, [(run, low) for low in range(0, tiles, step) for run in range(runs)], workers)
+    for run in range(1, runs):
+        for head in range(len(rows)):
+            merge_rows(out[0, head], lse[0, head], out[run, head], lse[run, head])
+    return out[0].reshape(batch, repeat, n_q, width), lse[0].reshape(batch, repeat, n_q)
 
 
 @compiled

@@ -25,7 +25,10 @@ Array = Any
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 ROWS = 4  # of a block of a product
-AHEAD = 4  # rows asked for before they are needed
+AHEAD = 4  # rows asked for before they are needed, at the least,
+QUEUE = (
+    256  # and so many that they take products with as many numbers: of few queries a row is done before the next comes
+)
 MIXED = 64  # rows mixed at a time: their weights for 128 queries are 32 kB, of the first cache
 VECTOR = 64  # bytes
 LOWEST = -80.0  # exp of less counts as zero: no denormal numbers, which cost a hundred times as much
@@ -208,10 +211,14 @@ def dots(a: Array, index: Array, start: int, stop: int, first: int, dim: int, x:
     width = x.shape[1]
     vector = VECTOR // x.itemsize
     step = _VECTORS * vector
+    ahead = max(AHEAD, QUEUE // width)
+    for i in range(start, min(start + ahead, stop)):
+        for c in range(0, dim, vector):
+            _prefetch(a, index[i], first + c)
     for i in range(start, stop, ROWS):
-        for r in range(min(AHEAD, stop - ROWS - i)):
+        for r in range(i + ahead, min(i + ahead + ROWS, stop)):
             for c in range(0, dim, vector):
-                _prefetch(a, index[i + ROWS + r], first + c)
+                _prefetch(a, index[r], first + c)
         for r in range(ROWS):
             row = out[i + r]
             for j in range(width):
@@ -238,6 +245,9 @@ def mix(a: Array, index: Array, start: int, stop: int, first: int, columns: int,
     for low in range(start, stop, MIXED):
         count = min(MIXED, stop - low)
         weights = w[low - start : low - start + count]
+        for i in range(low, low + count):
+            for c in range(0, columns, vector):
+                _prefetch(a, index[i], first + c)
         for c in range(0, whole, ROWS):
             j = 0
             while j + step <= width:
