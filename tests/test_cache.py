@@ -119,6 +119,18 @@ def test_all_keys(backend: Backend, name: str, n: int) -> None:
     same(caches.attend(q[:, :, n:]), last, "after")
 
 
+def test_sequences_of_one_length_that_are_held_differently(backend: Backend) -> None:
+    """One was attended to as a whole when its block had just filled, the other came to the same length later."""
+    q, k, v = (x[:, :, :84] for x in arrays())
+    caches = Caches(backend)
+    caches.append(k[:, :, :64], v[:, :, :64], np.arange(64) < np.array([[64], [60]]))
+    caches.attend(q[:, :, :1], causal=False)
+    caches.append(k[:, :, 60:64], v[:, :, 60:64], np.array([[False] * 4, [True] * 4]))
+    assert caches.cache.lengths.tolist() == [64, 64]
+    caches.append(k[:, :, 64:], v[:, :, 64:])
+    same(caches.attend(q), whole(backend, ALONE, q, k, v), "both")
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("name", ["treecode", "exact"])
 def test_padding(backend: Backend, name: str, side: str) -> None:

@@ -8,11 +8,12 @@ no more, is split anew where it is asked for.
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from array_api_compat import device
+from array_api_compat import device, is_writeable_array
 
 from opoch_xp.backends import generic
 from opoch_xp.backends.generic.tree import rows_of
@@ -70,8 +71,9 @@ class Forest:
     def nbytes(self) -> int:
         return sum(trees.nbytes for trees in self.tiers) + bytes_of(*self.open)
 
-    def alike(self) -> Iterator[np.ndarray]:
-        return alike(np.arange(self.layout.batch), self.lengths, self.done)
+    def alike(self, sequences: np.ndarray) -> Iterator[np.ndarray]:
+        """The sequences in groups that can be named together."""
+        return alike(sequences, self.lengths, self.done)
 
     def _size(self, tier: int) -> int:
         return self.method.block * self.method.fan**tier
@@ -96,7 +98,7 @@ class Forest:
 
         Nothing of what is there changes before all trees are built.
         """
-        one, xp = sequences[0], self.layout.xp
+        one = sequences[0]
         before, stay = int(self.done[one]), length - (0 if more is None else more[0].shape[2])
         if done == before:
             if more is not None:
@@ -110,10 +112,7 @@ class Forest:
             plan.append((tier, low + kept, high, kept))
             tier += 1
         start = min([done, *(low * self._size(tier) for tier, low, high, _ in plan if low < high)])
-        rows = self.rows(sequences, min(start, stay), stay)
-        if more is not None:
-            past = max(0, start - stay)
-            rows = tuple(xp.concat([a, b[:, :, past:, :]], axis=2) for a, b in zip(rows, more, strict=True))
+        rows = self._gathered(sequences, start, stay, more)
         built = [
             self._built(tuple(x[:, :, low * size - start : high * size - start, :] for x in rows), tier)
             if low < high
@@ -206,12 +205,31 @@ class Forest:
 
     def rows(self, sequences: np.ndarray, start: int, stop: int) -> tuple[Array, ...]:
         """Tokens [start, stop), k and v (b, heads, stop - start, ...)."""
-        found = [part[1:] for part in self.parts(sequences, start, stop)]
-        if not found:
-            return tuple(x[: len(sequences), :, :0, :] for x in self.open)
-        if len(found) == 1:
-            return found[0]
-        return tuple(self.layout.xp.concat(arrays, axis=2) for arrays in zip(*found, strict=True))
+        return self._gathered(sequences, start, stop, None)
+
+    def _gathered(
+        self, sequences: np.ndarray, start: int, stop: int, more: tuple[Array, Array] | None
+    ) -> tuple[Array, ...]:
+        """Tokens [start, stop), k and v (b, heads, stop - start, ...), and `more` after them; from within `more` where
+        start is past stop. Memory: the tokens once, and a chunk, where the library writes in place."""
+        if start >= stop and more is not None:
+            return tuple(x[:, :, start - stop :, :] for x in more)
+        whole = stop - start + (0 if more is None else more[0].shape[2])
+        xp, found = self.layout.xp, [(0, *(x[: len(sequences), :, :0, :] for x in self.open))]
+        into: tuple[Array, ...] | None = None
+        for first, k, v in chain(self.parts(sequences, start, stop), () if more is None else ((stop, *more),)):
+            if k.shape[2] == whole:
+                return k, v
+            if into is None and is_writeable_array(k):
+                into = tuple(
+                    xp.empty((*x.shape[:2], whole, x.shape[3]), dtype=x.dtype, device=device(x)) for x in (k, v)
+                )
+            if into is None:
+                found.append((first, k, v))
+                continue
+            for x, new in zip(into, (k, v), strict=True):
+                x[:, :, first - start : first - start + new.shape[2], :] = new
+        return into or tuple(xp.concat([part[i] for part in found], axis=2) for i in (1, 2))
 
     def attend(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
         """Queries (b, heads, repeat, n_q, d) of the last n_q tokens, or, not causal, of any, against what is held."""

@@ -144,9 +144,9 @@ class KVCache:
         layout, groups = self._checked(k, v, key_mask, check_finite)
         with self._changing(layout):
             for sequences, _, k, v in groups:
-                for some in alike(sequences, self._store.lengths):
+                for some in self._store.alike(sequences):
                     for rows in self._steps(some, k.shape[2]):
-                        new = (entries(layout, x, sequences, some)[:, :, rows, :] for x in (k, v))
+                        new = (self._rows(entries(layout, x, sequences, some), rows) for x in (k, v))
                         self._store.append(some, *new)
 
     def attend(self, q: Array, *, causal: bool = True, scale: float | None = None) -> Attention:
@@ -167,11 +167,10 @@ class KVCache:
                 f"causal attention is that of the last n_q tokens: the cache holds {len(self):,}, got {n_q:,} queries"
             )
         queries = arranged_queries(layout, q)
-        everyone = np.arange(layout.batch)
         found = []
         with np.errstate(all="ignore"):
-            for some in self._store.alike():
-                part = entries(layout, queries, everyone, some)
+            for some in self._store.alike(layout.everyone):
+                part = entries(layout, queries, layout.everyone, some)
                 found.append((some, self._solve(some, part, bool(causal), scale)))
         return self._result(q, found, sum(len(some) * self._seen(some, n_q, bool(causal)) for some, _ in found))
 
@@ -200,8 +199,8 @@ class KVCache:
         queries, found, seen = arranged_queries(layout, q), [], 0.0
         with self._changing(layout), np.errstate(all="ignore"):
             for sequences, columns, keys, values in groups:
-                ours = of_columns(layout, entries(layout, queries, np.arange(layout.batch), sequences), columns, 3)
-                for some in alike(sequences, self._store.lengths):
+                ours = of_columns(layout, entries(layout, queries, layout.everyone, sequences), columns, 3)
+                for some in self._store.alike(sequences):
                     solutions = []
                     for rows in self._steps(some, keys.shape[2]):
                         new = (entries(layout, x, sequences, some)[:, :, rows, :] for x in (keys, values))
@@ -227,8 +226,8 @@ class KVCache:
         queries = xp.astype(arranged_queries(layout, q), layout.summed, copy=False)
         found = []
         with np.errstate(all="ignore"):
-            for some in self._store.alike():
-                part = entries(layout, queries, np.arange(layout.batch), some)
+            for some in self._store.alike(layout.everyone):
+                part = entries(layout, queries, layout.everyone, some)
                 found.append((some, self._exact(some, part, causal, factor)))
         exact = self._result(xp.astype(q, layout.summed, copy=False), found, 0.0)
         arrays = (result.out, result.lse, exact.out, exact.lse)
@@ -351,11 +350,13 @@ class KVCache:
             check_same(layout, k, v)
         groups = []
         held = np.zeros(layout.batch, np.int64) if self._store is None else self._store.lengths
-        everyone, keys, values = np.arange(layout.batch), arranged(layout, k), arranged(layout, v)
+        keys, values = arranged(layout, k), arranged(layout, v)
         for sequences, columns in columns_kept(layout, key_mask, k):
-            new = [of_columns(layout, entries(layout, x, everyone, sequences), columns, 2) for x in (keys, values)]
+            new = [
+                of_columns(layout, entries(layout, x, layout.everyone, sequences), columns, 2) for x in (keys, values)
+            ]
             check_finite(layout, finite, *new)
-            longest = int(held[sequences].max())
+            longest = int(held[0] if layout.batch == 1 else held[sequences].max())
             if self.capacity is not None and longest + new[0].shape[2] > self.capacity:
                 raise ValueError(
                     f"the cache is full: capacity={self.capacity:,}, it holds {longest:,} tokens and"
@@ -380,7 +381,7 @@ class KVCache:
             raise
 
     def _crop(self, lengths: np.ndarray) -> None:
-        for some in list(self._store.alike()):
+        for some in list(self._store.alike(np.arange(len(lengths)))):
             for same in alike(some, lengths):
                 if lengths[same[0]] < self._store.lengths[same[0]]:
                     self._store.crop(same, int(lengths[same[0]]))
@@ -393,6 +394,10 @@ class KVCache:
             high = min(tokens, (start + low) // step * step + step - start)
             yield slice(low, high)
             low = high
+
+    def _rows(self, x: Array, rows: slice) -> Array:
+        """Tokens of x (b, heads, m, ...)."""
+        return x if rows.stop - rows.start == x.shape[2] else x[:, :, rows, :]
 
     def _ready(self, q: Array, scale: float | None) -> tuple[Layout, float]:
         if self._layout is None or len(self) == 0:

@@ -4,10 +4,11 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
 from opoch_xp.arguments import check_finite_array, check_kind, check_mask, dtype_name, namespace_of, on_host, to_host
 from opoch_xp.backends import kernels_for, library
@@ -15,6 +16,7 @@ from opoch_xp.graphs import traced
 from opoch_xp.problem import sum_dtype
 
 Array = Any
+FEW = 1 << 12  # numbers of an array that a product of one thread goes through
 Columns = np.ndarray | None  # the columns of an input that are kept; None: all
 
 
@@ -42,11 +44,16 @@ class Layout:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Layout":
         return self
 
-    @property
+    @cached_property
     def batch(self) -> int:
         return math.prod(self.lead)
 
-    @property
+    @cached_property
+    def everyone(self) -> np.ndarray:
+        """The numbers of all sequences."""
+        return np.arange(self.batch)
+
+    @cached_property
     def summed(self) -> Any:
         """The dtype of out and lse."""
         return sum_dtype(self.xp, self.stored)
@@ -141,7 +148,8 @@ def arranged(layout: Layout, x: Array) -> Array:
     """Keys or values (..., H_kv, m, d) as they are stored, (batch, H_kv, m, d)."""
     if hasattr(x, "detach"):
         x = x.detach()
-    x = layout.xp.astype(x, layout.stored, copy=False)
+    if layout.stored is not x.dtype:
+        x = layout.xp.astype(x, layout.stored, copy=False)
     return layout.xp.reshape(x, (layout.batch, layout.heads, *x.shape[-2:]))
 
 
@@ -151,36 +159,37 @@ def arranged_queries(layout: Layout, q: Array) -> Array:
     if hasattr(q, "detach"):
         q = q.detach()
     q = xp.astype(q, layout.stored, copy=False)
-    if not layout.host or not _sum_is_finite(q):
+    if not layout.host or not _all_finite(xp, q):
         wide = xp.astype(q, layout.summed, copy=False)
         q = xp.astype(xp.where(xp.isfinite(wide), wide, xp.nan), layout.stored, copy=False)
     repeat = 1 if layout.axes == 2 else q.shape[-3] // layout.heads
     return xp.reshape(q, (layout.batch, layout.heads, repeat, *q.shape[-2:]))
 
 
-def _sum_is_finite(*arrays: Array) -> bool:
+def _all_finite(xp: Any, *arrays: Array) -> bool:
     """Whether no entry is infinite or NaN, by sums: False may be an overflow."""
+    if all(type(x) is np.ndarray and x.size <= FEW for x in arrays):  # of a token: a product is a fifth of a sum's cost
+        return all(math.isfinite(np.vdot(x, x)) for x in arrays)
     with np.errstate(over="ignore", invalid="ignore"):
-        return all(math.isfinite(float(array_namespace(x).sum(x))) for x in arrays)
+        return all(math.isfinite(float(xp.sum(x))) for x in arrays)
 
 
 def check_finite(layout: Layout, wanted: bool | None, k: Array, v: Array) -> None:
     """ValueError for keys or values that are not finite: looked for on the host, elsewhere where it is wanted."""
-    if k.shape[-2] and (layout.host if wanted is None else wanted) and not _sum_is_finite(k, v):
+    if k.shape[-2] and (layout.host if wanted is None else wanted) and not _all_finite(layout.xp, k, v):
         for name, array in (("k", k), ("v", v)):
             check_finite_array(layout.xp, name, layout.xp.reshape(array, (-1, *array.shape[-2:])))
 
 
 def columns_kept(layout: Layout, key_mask: Array | None, k: Array) -> list[tuple[np.ndarray, Columns]]:
     """Sequences, in groups that keep the same columns of k, and those columns. Reads the mask back to the host."""
-    everything = np.arange(layout.batch)
     if key_mask is None:
-        return [(everything, None)]
+        return [(layout.everyone, None)]
     at_host = isinstance(key_mask, np.ndarray)  # whatever the library of k
     check_mask(layout.xp, key_mask, np.broadcast_to(np.float32(0), tuple(k.shape)) if at_host else k)
     kept = to_host(key_mask).reshape(layout.batch, -1)
     if kept.all():
-        return [(everything, None)]
+        return [(layout.everyone, None)]
     groups: dict[bytes, list[int]] = {}
     for number, row in enumerate(kept):
         groups.setdefault(row.tobytes(), []).append(number)

@@ -47,8 +47,9 @@ class Rows:
     def nbytes(self) -> int:
         return bytes_of(*self.held)
 
-    def alike(self) -> Iterator[np.ndarray]:
-        return alike(np.arange(self.layout.batch), self.lengths)
+    def alike(self, sequences: np.ndarray) -> Iterator[np.ndarray]:
+        """The sequences in groups that can be named together."""
+        return alike(sequences, self.lengths)
 
     def append(self, sequences: np.ndarray, k: Array, v: Array) -> None:
         """Put tokens after those that are there."""
