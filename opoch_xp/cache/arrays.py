@@ -44,16 +44,17 @@ def put(xp: Any, x: Array, starts: np.ndarray, source: Array, count: int) -> Arr
 
 def write_tokens(xp: Any, x: Array, sequences: np.ndarray, start: int, source: Array) -> Array:
     """x[sequences, :, start : start + m] = source (len(sequences), heads, m, ...); x (batch, heads, tokens, ...)."""
-    m, batch, tokens = source.shape[2], x.shape[0], x.shape[2]
+    batch, _, m, _ = source.shape
     if m == 0:
         return x
     if is_writeable_array(x):
-        if len(sequences) == batch:  # they are in order
+        if batch == x.shape[0]:  # they are in order
             x[:, :, start : start + m, ...] = source
         else:
             for i, one in enumerate(sequences.tolist()):
                 x[one : one + 1, :, start : start + m, ...] = source[i : i + 1, ...]
         return x
+    batch, _, tokens, _ = x.shape
     place = xp.arange(tokens, device=device(x)) - start
     inside = (place >= 0) & (place < m)
     found = xp.take(source, xp.clip(place, 0, m - 1), axis=2)

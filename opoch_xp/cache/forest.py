@@ -98,12 +98,12 @@ class Forest:
 
         Nothing of what is there changes before all trees are built.
         """
-        one = sequences[0]
-        before, stay = int(self.done[one]), length - (0 if more is None else more[0].shape[2])
+        before, stay = int(self.done[sequences[0]]), length - (0 if more is None else more[0].shape[2])
         if done == before:
             if more is not None:
                 self._write(sequences, stay - done, more)
-            self.lengths[sequences] = length
+            for one in sequences.tolist():
+                self.lengths[one] = length
             return
         plan, tier = [], 0
         while self._size(tier) <= max(done, before):
@@ -128,8 +128,10 @@ class Forest:
         self.memory.release()
 
     def _write(self, sequences: np.ndarray, start: int, rows: tuple[Array, ...]) -> None:
-        self.open = tuple(
-            write_tokens(self.layout.xp, x, sequences, start, new) for x, new in zip(self.open, rows, strict=True)
+        (keys, values), xp = self.open, self.layout.xp
+        self.open = (
+            write_tokens(xp, keys, sequences, start, rows[0]),
+            write_tokens(xp, values, sequences, start, rows[1]),
         )
 
     def _trees(self, tier: int) -> Trees:

@@ -1,9 +1,8 @@
 """KVCache: keys and values that grow, and attention over them token by token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -352,9 +351,9 @@ class KVCache:
         held = np.zeros(layout.batch, np.int64) if self._store is None else self._store.lengths
         keys, values = arranged(layout, k), arranged(layout, v)
         for sequences, columns in columns_kept(layout, key_mask, k):
-            new = [
-                of_columns(layout, entries(layout, x, layout.everyone, sequences), columns, 2) for x in (keys, values)
-            ]
+            new = [keys, values]
+            if columns is not None:
+                new = [of_columns(layout, entries(layout, x, layout.everyone, sequences), columns, 2) for x in new]
             check_finite(layout, finite, *new)
             longest = int(held[0] if layout.batch == 1 else held[sequences].max())
             if self.capacity is not None and longest + new[0].shape[2] > self.capacity:
@@ -365,20 +364,18 @@ class KVCache:
             groups.append((sequences, columns, *new))
         return layout, groups
 
-    @contextmanager
-    def _changing(self, layout: Layout) -> Iterator[None]:
+    def _changing(self, layout: Layout) -> "_Changing":
         """Whatever is raised inside, the cache is as it was before."""
         before = None if self._store is None else self._store.lengths.copy()
         if self._store is None:
             self._layout, self._store = layout, self._new_store(layout)
-        try:
-            yield
-        except BaseException:
-            if before is None:
-                self._layout = self._store = None
-            else:
-                self._crop(before)
-            raise
+        return _Changing(self, before)
+
+    def _undo(self, before: np.ndarray | None) -> None:
+        if before is None:
+            self._layout = self._store = None
+        else:
+            self._crop(before)
 
     def _crop(self, lengths: np.ndarray) -> None:
         for some in list(self._store.alike(np.arange(len(lengths)))):
@@ -386,14 +383,11 @@ class KVCache:
                 if lengths[same[0]] < self._store.lengths[same[0]]:
                     self._store.crop(same, int(lengths[same[0]]))
 
-    def _steps(self, sequences: np.ndarray, tokens: int) -> Iterator[slice]:
+    def _steps(self, sequences: np.ndarray, tokens: int) -> list[slice]:
         """Tokens to come, some at a time, cut where many chunks fill at once."""
         start, step = int(self._store.lengths[sequences[0]]), self._store.step
-        low = 0
-        while low < tokens:
-            high = min(tokens, (start + low) // step * step + step - start)
-            yield slice(low, high)
-            low = high
+        cuts = [0, *range(step - start % step, tokens, step), tokens] if tokens > 1 else [0, tokens]
+        return [slice(low, high) for low, high in pairwise(cuts) if low < high]
 
     def _rows(self, x: Array, rows: slice) -> Array:
         """Tokens of x (b, heads, m, ...)."""
@@ -459,6 +453,19 @@ class KVCache:
         queries = max(1, layout.batch * q.shape[-2])
         passes = (f"{self.method!r} over a cache of {len(self):,} tokens",)
         return Attention(out, lse, Report(self.method, "the cache's", read, seen / queries, passes))
+
+
+class _Changing:
+    """A change of a cache, taken back where it raises; cheaper to enter than a generator, once for every token."""
+
+    def __init__(self, cache: KVCache, before: np.ndarray | None) -> None:
+        self.cache, self.before = cache, before
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is not None:
+            self.cache._undo(self.before)
 
 
 def _folder(offload: str | Path | None) -> str | Path | None:

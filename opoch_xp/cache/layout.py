@@ -49,6 +49,11 @@ class Layout:
         return math.prod(self.lead)
 
     @cached_property
+    def before(self) -> tuple[int, ...]:
+        """The axes of keys and values before tokens, as given."""
+        return (*self.lead, self.heads) if self.axes > 2 else ()
+
+    @cached_property
     def everyone(self) -> np.ndarray:
         """The numbers of all sequences."""
         return np.arange(self.batch)
@@ -106,9 +111,8 @@ def check_same(layout: Layout, k: Array, v: Array) -> None:
             given = f"got {dtype_name(array)}"
             raise TypeError(f"{name} must have the cache's dtype {_name(layout.dtype)}, {given}")
         shape = tuple(array.shape)
-        before = (*layout.lead, layout.heads) if layout.axes > 2 else ()
-        if len(shape) != layout.axes or shape[:-2] != before or shape[-1] != size:
-            expected = f"({''.join(f'{n}, ' for n in before)}n, {size})"
+        if len(shape) != layout.axes or shape[:-2] != layout.before or shape[-1] != size:
+            expected = f"({''.join(f'{n}, ' for n in layout.before)}n, {size})"
             raise ValueError(f"{name} must have shape {expected}, as the cache's, got {shape}")
         if device(array) != layout.device:
             raise ValueError(f"{name} must be on the cache's device {layout.device}, got {device(array)}")
@@ -150,6 +154,8 @@ def arranged(layout: Layout, x: Array) -> Array:
         x = x.detach()
     if layout.stored is not x.dtype:
         x = layout.xp.astype(x, layout.stored, copy=False)
+    if layout.axes < 5:
+        return x if layout.axes == 4 else x[None, ...] if layout.axes == 3 else x[None, None, ...]
     return layout.xp.reshape(x, (layout.batch, layout.heads, *x.shape[-2:]))
 
 
