@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-ORDER = ("speed", "pytorch", "xla", "cupy", "heads", "lsh", "index", "faiss", "needles", "crossover", "curve")
+ORDER = (
+    "speed", "decode", "append", "offload", "pytorch", "xla", "cupy", "heads", "lsh", "index", "faiss", "needles",
+    "crossover", "curve",
+)  # fmt: skip
 HEAD = """# Results
 
 Measured by the scripts in `benchmarks/` (see there how to run them) and written by `benchmarks/report.py`. *Error* is

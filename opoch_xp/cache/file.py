@@ -20,7 +20,7 @@ from opoch_xp import tensors
 from opoch_xp.arguments import DTYPES, on_host, to_host
 from opoch_xp.backends import kernels_for
 from opoch_xp.cache import forest, rows
-from opoch_xp.cache.layout import Layout
+from opoch_xp.cache.layout import Layout, stored_dtype
 from opoch_xp.methods import LSH, Exact, Method, Treecode, check_whole
 
 Array = Any
@@ -127,16 +127,15 @@ class Saved:
     settings: Settings
     entries: dict[str, tensors.Entry]
 
-    def layout(self, like: Array | None, backend: str | None) -> Layout:
+    def layout(self, like: Array | None, backend: str | None, offload: bool) -> Layout:
         """The layout of the cache that is to be: on the library and device of `like`."""
         given, example = self.settings, np.zeros(0) if like is None else like
         xp = array_namespace(example)
         kernels = kernels_for(xp, backend)
-        stored = self.settings.dtype if self.settings.dtype in kernels.ACCEPTS else "float32"
+        stored = xp.zeros(0, dtype=stored_dtype(xp, kernels, given.dtype, offload and not on_host(xp, example))).dtype
         dtype = getattr(xp, given.dtype, None)
         if dtype is None:
             raise ValueError(f"{self.path}: its dtype {given.dtype} is not one of {xp.__name__}'s: give like=")
-        stored = getattr(xp, stored)
         kind, where = type(example), device(example)
         sizes = given.axes, given.lead, given.heads, given.dim, given.width
         dtype = xp.zeros(0, dtype=dtype).dtype

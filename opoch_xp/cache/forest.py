@@ -244,7 +244,8 @@ class Forest:
         for start, part in self._tier_parts(sequences, problem, tiers(n_q, n, causal, self.method), n):
             state = problem.kernels.merge_part(*state, *part, start)
         read = rows_per_query(n_q, n, causal, self.method)
-        self.memory.read(q.shape[0] * q.shape[1] * n_q * int(read["near"] + read["own"]) * self._row_bytes)
+        rows = read["near"] + read["own"] + (2 * read["far"] if self.finest else 0)  # a summary is wider than a row
+        self.memory.read(int(rows) * q.shape[0] * q.shape[1] * n_q * self._row_bytes)
         return Solution(*state, read)
 
     def _tier_parts(self, sequences: np.ndarray, problem: Problem, found: list[Tier], n: int) -> list[Part]:
@@ -301,7 +302,8 @@ class Forest:
         """Keep the sequences named, in that order."""
         self.layout = layout
         self.lengths, self.done = self.lengths[indices], self.done[indices]
-        self.open = tuple(taken(layout.xp, x, indices) for x in self.open)
+        index = layout.xp.asarray(indices, device=layout.device)
+        self.open = tuple(layout.xp.take(x, index, axis=0) for x in self.open)
         for trees in self.tiers:
             trees.layout = layout
             trees.select(indices)

@@ -325,7 +325,7 @@ class KVCache:
             longest = max(settings.lengths)
             if capacity is not None and longest > capacity:
                 raise ValueError(f"{path}: holds {longest:,} tokens, more than capacity={capacity:,}")
-            layout = saved.layout(like, backend)
+            layout = saved.layout(like, backend, offload is not None)
             store = cache._new_store(layout)
             saved.restore(layout, store)
         cache._layout, cache._store = layout, store
@@ -344,7 +344,7 @@ class KVCache:
         check_numbers(k=k, v=v)
         layout = self._layout
         if layout is None:
-            layout = of_first(k, v, self.backend)
+            layout = of_first(k, v, self.backend, self.offload is not None)
         else:
             check_same(layout, k, v)
         groups = []

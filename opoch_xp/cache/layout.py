@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import device
 
 from opoch_xp.arguments import check_finite_array, check_kind, check_mask, dtype_name, namespace_of, on_host, to_host
-from opoch_xp.backends import kernels_for, library
+from opoch_xp.backends import generic, kernels_for, library
 from opoch_xp.graphs import traced
 from opoch_xp.problem import sum_dtype
 
@@ -64,7 +64,14 @@ class Layout:
         return sum_dtype(self.xp, self.stored)
 
 
-def of_first(k: Array, v: Array, backend: str | None) -> Layout:
+def stored_dtype(xp: Any, kernels: Any, name: str, widened: bool) -> Any:
+    """What numbers of the dtype of that name are kept in: float32 for 16 bits, where the kernels that read them, or
+    the generic ones (`widened`), do not take them as they are."""
+    accepted = generic.ACCEPTS if widened else kernels.ACCEPTS
+    return getattr(xp, name if name in accepted else "float32")
+
+
+def of_first(k: Array, v: Array, backend: str | None, offload: bool) -> Layout:
     """The layout that the first keys and values fix; TypeError or ValueError where they do not fit together."""
     xp = namespace_of(k=k, v=v)
     check_kind(k=k, v=v)
@@ -76,7 +83,8 @@ def of_first(k: Array, v: Array, backend: str | None) -> Layout:
     if 0 in (*k.shape[:-2], k.shape[-1], v.shape[-1]):
         raise ValueError(f"k and v must have at least one sequence, head and dimension; {shapes}")
     kernels = kernels_for(xp, backend)
-    stored = k.dtype if dtype_name(k) in kernels.ACCEPTS else xp.float32
+    stored = stored_dtype(xp, kernels, dtype_name(k), offload and not on_host(xp, k))
+    stored = k.dtype if _name(stored) == dtype_name(k) else stored  # the same object, which is compared
     heads = k.shape[-3] if len(k.shape) > 2 else 1
     sizes = len(k.shape), tuple(k.shape[:-3]), heads, k.shape[-1], v.shape[-1]
     return Layout(xp, kernels, type(k), device(k), k.dtype, stored, on_host(xp, k), *sizes)

@@ -28,6 +28,7 @@ def plugin_checks(kernels: Any, library: Library) -> Iterator[Check]:
     sentence = "who accepts 16 bits has kernels that sum them in float32; the generic ones do not"
     yield Check("ACCEPTS", "constants", "", sentence, f"lacks {', '.join(filled)}" if narrow and filled else "")
     yield Check("COST", "constants", "", "a Cost of numbers above 0", _cost(kernels.COST))
+    yield Check("thread_count", "constants", "", "a whole number of at least 1", _thread_count(kernels))
     if "synchronize" in kernels.native:
         fault = _synchronize(kernels, library)
         yield Check("synchronize", "some arrays, or none", "", "it waits, and returns None", fault)
@@ -43,6 +44,14 @@ def _cost(cost: Any) -> str:
     if not isinstance(cost, Cost):
         return f"is {cost!r}, not an opoch_xp.cost.Cost"
     return "" if min(cost.read, cost.own, cost.split) > 0 else f"is {cost!r}"
+
+
+def _thread_count(kernels: Any) -> str:
+    try:
+        count = kernels.thread_count()
+    except Exception as error:  # whatever a plugin raises is told
+        return f"raises {type(error).__name__}: {error}"
+    return "" if isinstance(count, int) and not isinstance(count, bool) and count > 0 else f"returns {count!r}"
 
 
 def _synchronize(kernels: Any, library: Library) -> str:
