@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from statistics import mean, median
 from time import perf_counter, sleep
 from typing import Any
@@ -21,12 +20,12 @@ from common import Table
 import opoch_xp as ox
 from opoch_xp import workloads
 from opoch_xp.cli.product import Product
-from opoch_xp.measure import resident
+from opoch_xp.measure import most_resident, resident
 
 DIM, HEADS = 64, 8
 ONE_MILLION = 1_000_000
 LENGTHS = (65_536, 262_144, 1_048_576)
-PLACES, STEPS, COLD = 16, 9, 5  # places spread over the second half of a length, steps at each
+PLACES = 16  # spread over the second half of a length
 REST = 0.2  # seconds before a method's steps: after a product, threads of BLAS spin for a while on cores in need
 PIECE = 65_536  # tokens appended at a time
 MAPPED = 4_000_000  # tokens of the cache in files
@@ -67,33 +66,34 @@ def filled(stream: workloads.Stream, caches: list[Any], start: int, stop: int) -
             cache.append(k, v)
 
 
-def measured(tokens: int, places: list[int], methods: Sequence[ox.Treecode]) -> list[Measured]:
+def measured(
+    tokens: int, places: list[int], methods: Sequence[ox.Treecode], times: int, found: list[Measured], seed: int
+) -> None:
     """BLAS first, then Exact() and the methods, in turn at every place: steps in a row, each a token appended and
     attended, the first of which does not count; then steps after as much other memory was read as BLAS reads."""
-    stream, capacity = workloads.Stream(DIM, seed=1), tokens + len(places) * (STEPS + COLD + 1)
+    stream, capacity = workloads.Stream(DIM, seed=seed), tokens + len(places) * (2 * times + 1)
     caches: list[Any] = [Product(capacity), *(ox.KVCache(method, capacity) for method in (ox.Exact(), *methods))]
-    found, other = [Measured() for _ in caches], np.ones(2 * DIM * tokens, np.float32)
+    other = np.ones(2 * DIM * tokens, np.float32)
     for place in places:
         filled(stream, caches, len(caches[0]), place)
-        steps = [(*stream.tokens(1), stream.queries(HEADS)) for _ in range(1 + STEPS + COLD)]
+        steps = [(*stream.tokens(1), stream.queries(HEADS)) for _ in range(1 + 2 * times)]
         exact: list[np.ndarray] = []
         for cache, one in zip(caches, found, strict=True):
-            times, outs = [], []
+            spent, outs = [], []
             sleep(REST)
             for number, (k, v, q) in enumerate(steps):
-                if number > STEPS:
+                if number > times:
                     other.sum()
                 start = perf_counter()
                 cache.append(k, v)
                 result = cache.attend(q)
-                times.append(perf_counter() - start)
+                spent.append(perf_counter() - start)
                 outs.append(result.out)
                 one.rows.append(sum(result.report.rows.values()))
             exact = exact or [out.astype(np.float64) for out in outs]
-            one.times.append(times[1 : STEPS + 1])
-            one.cold.append(times[STEPS + 1 :])
+            one.times.append(spent[1 : times + 1])
+            one.cold.append(spent[times + 1 :])
             one.compare(outs, exact)
-    return found
 
 
 def spread(tokens: int) -> list[int]:
@@ -108,10 +108,13 @@ def steps() -> None:
         "A step of decoding over a KVCache, 8 query heads on 1 key head of 64, keys in runs of 32 to 512 tokens",
         ["tokens", "method", "step (ms)", "times faster", "cold (ms)", "times faster", "error", "p99", "rows read"],
     )
-    cases = [(f"{ONE_MILLION:,}", ONE_MILLION, [ONE_MILLION])]
-    cases += [(f"{n // 2:,} to {n:,}", n, spread(n)) for n in LENGTHS]
-    for name, tokens, places in cases:
-        exact, *others = measured(tokens, places, METHODS)
+    cases = [(f"{ONE_MILLION:,}, 4 seeds", ONE_MILLION, [ONE_MILLION], 31, range(4))]
+    cases += [(f"{n // 2:,} to {n:,}", n, spread(n), 7, range(1)) for n in LENGTHS]
+    for name, tokens, places, times, seeds in cases:
+        found = [Measured() for _ in range(2 + len(METHODS))]
+        for seed in seeds:
+            measured(tokens, places, METHODS, times, found, seed)
+        exact, *others = found
         whole, cold = seconds(exact.times), seconds(exact.cold)
         table.add(name, "exact, BLAS", 1e3 * whole, 1.0, 1e3 * cold, 1.0, 0.0, 0.0, int(mean(exact.rows)))
         for method, one in zip((ox.Exact(), *METHODS), others, strict=True):
@@ -193,7 +196,7 @@ def _mapped(queue: Any, method: ox.Treecode, folder: str | None, finest: bool) -
         outputs.append(cache.attend(q).out)
         times.append(perf_counter() - start)
         most = max(most, resident() - before)
-    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss - before
+    peak = most_resident() - before
     queue.put((cache.nbytes, peak, building, most, seconds, median(times), np.stack(outputs)))
 
 

@@ -35,6 +35,11 @@ def resident() -> int:
     return _status("VmRSS")
 
 
+def most_resident() -> int:
+    """The most that were since the process began, in bytes; OSError where none can tell."""
+    return _status("VmHWM")
+
+
 def _start_memory() -> tuple[int, int] | None:
     """(level in bytes, high-water mark in bytes), with the mark set back to the level where that can be done."""
     gc.collect()

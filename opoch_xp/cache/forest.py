@@ -120,12 +120,15 @@ class Forest:
             for tier, low, high, _ in plan
             for size in (self._size(tier),)
         ]
-        for (tier, low, high, kept), tree in zip(plan, built, strict=True):
+        left = tuple(self.layout.xp.asarray(x[:, :, done - start :, :], copy=True) for x in rows)
+        del rows  # as large as the trees, of which another copy is made now
+        for tier, low, high, kept in plan:
+            tree = built.pop(0)
             if tree is not None:
                 self._trees(tier).add(sequences, kept, tree, high - low)
-        self._write(sequences, 0, tuple(x[:, :, done - start :, :] for x in rows))
+            self.memory.release()
+        self._write(sequences, 0, left)
         self.done[sequences], self.lengths[sequences] = done, length
-        self.memory.release()
 
     def _write(self, sequences: np.ndarray, start: int, rows: tuple[Array, ...]) -> None:
         (keys, values), xp = self.open, self.layout.xp
@@ -165,6 +168,7 @@ class Forest:
                 k, v = (taken(self.layout.xp, x, sequences)[:, :, begin - done : end - done, :] for x in self.open)
             else:
                 k, v = (x[:, :, begin - first : end - first, :] for x in self._unsplit(sequences, tier, first))
+                self.memory.read(bytes_of(k, v))
             yield begin, k, v
 
     def _unsplit(self, sequences: np.ndarray, tier: int, first: int) -> tuple[Array, Array]:
