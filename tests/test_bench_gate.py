@@ -3,7 +3,9 @@
 import json
 import math
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import getmembers, isclass
+from pathlib import Path
 
 import pytest
 from figures import figures, result_file
@@ -13,7 +15,7 @@ from keep import keep
 OLD, NEW = "a" * 40, "b" * 40
 PARAMETERS = [["'numpy'", "'torch'"], ["1024", "4096"]]
 TIMED = {"track_exponent", "track_memory", "track_overhead"}  # they differ from run to run and are not judged
-SUITES = ("attention", "dispatch", "hashing", "imports", "index")
+SUITES = [path.stem for path in sorted(Path(find_spec("suites").submodule_search_locations[0]).glob("[a-z]*.py"))]
 
 
 def results(folder, commit, **benchmarks):
