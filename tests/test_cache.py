@@ -481,3 +481,50 @@ def test_fetched_cells(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Non
     caches.cache.crop(300)
     caches.append(k[:, :, 300:], v[:, :, 300:])
     same(caches.attend(q[:, :, -20:]), tuple(x[:, :, -20:] for x in expected), "cropped")
+
+
+@pytest.mark.parametrize("change", ["append", "repeated", "select"])
+def test_no_memory_left_changes_nothing(backend: Backend, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Room for another tier, for rows of their own or for fewer rows is not given, where an older tier is to change."""
+    from opoch_xp.cache import memory
+
+    q, k, v = arrays(batch=3)
+    caches = Caches(backend)
+    caches.append(k[:, :, :250], v[:, :, :250])
+    chosen = np.arange(3).repeat(2) if change == "repeated" else np.arange(3)
+    if change == "repeated":
+        caches.cache.repeat(2)
+    q, k, v = (x[chosen] for x in (q, k, v))
+    before = caches.attend(q[:, :, :250])
+
+    def fails(*arguments: Any) -> Any:
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.Memory, "zeros", fails)
+        with pytest.raises(MemoryError):
+            caches.cache.select([1]) if change == "select" else caches.append(k[:, :, 250:290], v[:, :, 250:290])
+    assert caches.cache.lengths.tolist() == [250] * len(chosen)
+    same(caches.attend(q[:, :, :250]), before, "as it was")
+    caches.append(k[:, :, 250:], v[:, :, 250:])
+    same(caches.attend(q), whole(backend, ALONE, q, k, v), "and goes on")
+
+
+@pytest.mark.parametrize("name", ["treecode", "exact"])
+def test_what_began_in_inference_mode_goes_on_without(tmp_path: Path, name: str) -> None:
+    import copy
+
+    torch = pytest.importorskip("torch")
+    q, k, v = map(torch.tensor, arrays())
+    with torch.inference_mode():
+        cache = ox.KVCache(METHODS[name])
+        cache.append(k[:, :, :70], v[:, :, :70])
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = ox.KVCache.load(tmp_path / "cache.safetensors", like=k)
+        copied = copy.deepcopy(cache)
+        cache.reorder([0, 1])
+    expected = ox.attend(q, k, v, causal=True, method=METHODS[name], check=False)
+    for one in (cache, loaded, copied):
+        one.append(k[:, :, 70:75], v[:, :, 70:75])
+        one.append(k[:, :, 75:], v[:, :, 75:])
+        assert_close(one.attend(q).out.numpy(), expected.out.numpy(), 1e-10, "goes on")

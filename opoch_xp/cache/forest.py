@@ -123,6 +123,10 @@ class Forest:
         left = tuple(self.layout.xp.asarray(x[:, :, done - start :, :], copy=True) for x in rows)
         del rows  # as large as the trees, of which another copy is made now
         for tier, low, high, kept in plan:
+            if built[tier] is not None:
+                old_low, old_high = self._held(tier, before)
+                self._trees(tier).reserve(sequences, old_high - old_low, kept + high - low)
+        for tier, low, high, kept in plan:
             tree = built.pop(0)
             if tree is not None:
                 self._trees(tier).add(sequences, kept, tree, high - low)
@@ -205,6 +209,7 @@ class Forest:
                 self._write(one, 0, (k, v))
                 continue
             held, before = (held + 1 if tier == before else 0), tier
+            self._trees(tier).reserve(one, held, held + 1)
             self._trees(tier).add(one, held, self._built((k, v), tier, order), 1)
         self.done[sequence] = done
         self.memory.release()
@@ -304,10 +309,9 @@ class Forest:
 
     def select(self, indices: np.ndarray, layout: Layout) -> None:
         """Keep the sequences named, in that order."""
-        self.layout = layout
+        with self.memory.lasting():
+            index = layout.xp.asarray(indices, device=layout.device)
+            rows = tuple(layout.xp.take(x, index, axis=0) for x in self.open)
+        tiers = [trees.chosen(indices, layout) for trees in self.tiers]
+        self.layout, self.open, self.tiers = layout, rows, tiers  # nothing raises any more
         self.lengths, self.done = self.lengths[indices], self.done[indices]
-        index = layout.xp.asarray(indices, device=layout.device)
-        self.open = tuple(layout.xp.take(x, index, axis=0) for x in self.open)
-        for trees in self.tiers:
-            trees.layout = layout
-            trees.select(indices)

@@ -1,5 +1,6 @@
 """KVCache: keys and values that grow, and attention over them token by token."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -128,7 +129,8 @@ class KVCache:
                 memo[id(module)] = module
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        with nullcontext() if self._store is None else self._store.memory.lasting():
+            vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
         return twin
 
     def append(self, k: Array, v: Array, *, key_mask: Array | None = None, check_finite: bool | None = None) -> None:
@@ -285,8 +287,9 @@ class KVCache:
     def _select(self, layout: Layout, numbers: np.ndarray) -> None:
         if int(numbers.min()) < 0 or int(numbers.max()) >= layout.batch:
             raise ValueError(f"indices must be from 0 to {layout.batch - 1}, got {numbers.tolist()}")
-        self._layout = replace(layout, lead=(len(numbers),))
-        self._store.select(numbers, self._layout)
+        chosen = replace(layout, lead=(len(numbers),))
+        self._store.select(numbers, chosen)
+        self._layout = chosen
 
     def repeat(self, n: int) -> None:
         """Every sequence n times in a row: beams, or samples, of a prompt; complete chunks are shared."""

@@ -4,6 +4,7 @@ import math
 import mmap
 import tempfile
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ class Memory:
     def mapped(self) -> bool:
         return self.offload not in (None, HOST)
 
+    def lasting(self) -> AbstractContextManager[Any]:
+        """Arrays made inside may be written to later: PyTorch's of torch.inference_mode only inside of it."""
+        return self.xp.inference_mode(False) if library(self.xp) == "torch" else nullcontext()
+
     def zeros(self, shape: tuple[int, ...], dtype: Any, cold: bool) -> Array:
+        with self.lasting():
+            return self._zeros(shape, dtype, cold)
+
+    def _zeros(self, shape: tuple[int, ...], dtype: Any, cold: bool) -> Array:
         if not cold or self.offload is None or (self.offload == HOST and self.on_host):
             return self.xp.zeros(shape, dtype=dtype, device=self.where)
         kind = np.dtype(str(dtype).rsplit(".", 1)[-1].removesuffix("'>"))

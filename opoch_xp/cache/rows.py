@@ -108,7 +108,7 @@ class Rows:
 
     def select(self, indices: np.ndarray, layout: Layout) -> None:
         """Keep the sequences named, in that order."""
-        self.layout = layout
-        self.lengths = self.lengths[indices]
-        index = layout.xp.asarray(indices, device=layout.device)
-        self.held = tuple(layout.xp.take(x, index, axis=0) for x in self.held)
+        with self.memory.lasting():
+            index = layout.xp.asarray(indices, device=layout.device)
+            self.held = tuple(layout.xp.take(x, index, axis=0) for x in self.held)
+        self.layout, self.lengths = layout, self.lengths[indices]

@@ -1,5 +1,6 @@
 """The trees of one tier of a growing forest."""
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -61,18 +62,27 @@ class Trees:
         heads = np.arange(self.layout.heads)
         return ((self.row[sequences, None] * self.layout.heads + heads) * self.slots).reshape(-1)
 
-    def add(self, sequences: np.ndarray, kept: int, built: Tree, count: int) -> None:
-        """The first `kept` chunks of the sequences stay, and `count` new ones of each head of each come after them."""
-        if kept + count > self.slots:
-            self._resize(self.rows, min(self.method.fan - 1, max(kept + count, 2 * self.slots)))
+    def reserve(self, sequences: np.ndarray, held: int, wanted: int) -> None:
+        """Room for `wanted` chunks of each head, in a row of its own for each of the sequences, which hold `held`.
+
+        All that `add` may need memory for; nothing that is held changes.
+        """
+        if wanted > self.slots:
+            self._resize(self.rows, min(self.method.fan - 1, max(wanted, 2 * self.slots)))
         for one in sequences.tolist():
             if np.count_nonzero(self.row == self.row[one]) > 1:
-                self._part(one, kept)
+                self._part(one, held)
+
+    def add(self, sequences: np.ndarray, kept: int, built: Tree, count: int) -> None:
+        """The first `kept` chunks of the sequences stay, and `count` new ones of each head of each come after them."""
         self._put(self.chunks(sequences) + kept, built, count)
 
     def _put(self, starts: np.ndarray, source: Tree, count: int) -> None:
-        xp, tree = self.layout.xp, self.tree
-        self.tree = replace(
+        self.tree = self._placed(self.tree, starts, source, count)
+
+    def _placed(self, tree: Tree, starts: np.ndarray, source: Tree, count: int) -> Tree:
+        xp = self.layout.xp
+        return replace(
             tree,
             cells=put(xp, tree.cells, starts, source.cells, count),
             order=put(xp, tree.order, starts, source.order, count),
@@ -92,31 +102,34 @@ class Trees:
         )
 
     def _part(self, sequence: int, kept: int) -> None:
-        """Give a sequence a row of its own, with its first `kept` chunks."""
+        """Give a sequence a row of its own, with its first `kept` chunks. Nothing changes where it raises."""
         free = np.setdiff1d(np.arange(self.rows), self.row)
         if not len(free):
             self._resize(2 * self.rows, self.slots)
             free = np.setdiff1d(np.arange(self.rows), self.row)
         one = np.array([sequence])
         before = self.chunks(one)
+        whole = self.of((before[:, None] + np.arange(kept)).reshape(-1)) if kept else None
         self.row[sequence] = free[0]
-        if kept:
-            whole = (before[:, None] + np.arange(kept)).reshape(-1)
-            self._put(self.chunks(one), self.of(whole), kept)
+        if whole is not None:
+            self._put(self.chunks(one), whole, kept)
 
     def _resize(self, rows: int, slots: int) -> None:
-        old, runs, before = self.tree, self.rows * self.layout.heads, self.slots
-        self.tree = self._empty(rows, slots)
-        self.rows, self.slots = rows, slots
-        self._put(np.arange(runs) * slots, old, before)
+        runs = self.rows * self.layout.heads
+        tree = self._placed(self._empty(rows, slots), np.arange(runs) * slots, self.tree, self.slots)
+        self.tree, self.rows, self.slots = tree, rows, slots
 
-    def select(self, indices: np.ndarray) -> None:
-        """Keep the sequences named, in that order; rows that fewer than half of them need are given up."""
-        self.row = self.row[indices]
-        used, row = np.unique(self.row, return_inverse=True)
+    def chosen(self, indices: np.ndarray, layout: Layout) -> "Trees":
+        """Those of the sequences named, in that order; rows that fewer than half of them need are given up.
+
+        What stays shares its arrays with these, which are given up.
+        """
+        new = copy(self)
+        new.layout, new.row = layout, self.row[indices]
+        used, row = np.unique(new.row, return_inverse=True)
         if 2 * len(used) <= self.rows:
             each = self.layout.heads * self.slots
             old = self.of((used[:, None] * each + np.arange(each)).reshape(-1))
-            self.rows, self.row = len(used), row.reshape(-1)
-            self.tree = self._empty(self.rows, self.slots)
-            self._put(np.arange(self.rows) * each, old, each)
+            new.rows, new.row = len(used), row.reshape(-1)
+            new.tree = new._placed(new._empty(new.rows, self.slots), np.arange(new.rows) * each, old, each)
+        return new
