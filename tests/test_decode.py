@@ -33,6 +33,13 @@ def made(tmp_path_factory):
     return result.stdout, json.loads(path.read_text())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def once(backend):
+    """The command names its own backend: one run of the suite is enough."""
+    if backend.option != "numpy":
+        pytest.skip("the command names its own backend")
+
+
 NAMES = ["Exact, BLAS", "Exact()", "Treecode(group=8, open=128, own=8)", "Treecode()"]
 
 
