@@ -328,6 +328,8 @@ def test_empty_calls(backend: Backend) -> None:
     assert len(caches.cache) == 0
     with pytest.raises(ValueError, match="the cache is empty"):
         caches.attend(q[:, :, :1])
+    with pytest.raises(ValueError, match="the cache is empty, got -1"):
+        ox.KVCache().crop(-1)
     caches.append(k[:, :, :20], v[:, :, :20])
     assert caches.attend(q[:, :, :0])[0].shape == (2, 4, 0, 6)
     assert caches.prefill(q[:, :, :0], k[:, :, :0], v[:, :, :0])[0].shape == (2, 4, 0, 6)

@@ -27,7 +27,7 @@ Array = Any
 FORMAT = "opoch_xp.KVCache"
 VERSION = 1
 METHODS: dict[str, type] = {kind.__name__: kind for kind in (Exact, LSH, Treecode)}
-SMALL = 1 << 30  # bytes of open blocks that a cache may need whatever it holds,
+SMALL = 1 << 34  # bytes of open blocks that a cache may need whatever it holds,
 TIMES = 1 << 10  # or so many times what it holds
 Span = tuple[int | None, int, int]
 

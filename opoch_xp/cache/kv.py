@@ -58,7 +58,8 @@ class KVCache:
     into memory; summaries and the open block stay on the device. offload_finest: the summaries of cells, most of all
     summaries, lie there too. backend as in `attention`.
 
-    Nothing changes in a call that raises. No gradients; not for several threads at a time.
+    Nothing changes in a call that raises (but where memory runs out while sequences of several lengths change, some of
+    them may keep the change: `lengths` tells). No gradients; not for several threads at a time.
 
     Cost: a step, the rows it reads (see `Treecode`) a query head, whatever the length; the query heads of a key head
     share what they open where they make one group (`group` of the method). On two cores, d = 64, a head: 3.5
@@ -249,6 +250,8 @@ class KVCache:
         if n > len(self):
             raise ValueError(f"n must be at most the {len(self):,} tokens that the cache holds, got {n:,}")
         if self._store is None:
+            if n < 0:
+                raise ValueError(f"n must leave tokens to keep: the cache is empty, got {n}")
             return
         wanted = self._store.lengths + n if n < 0 else np.minimum(self._store.lengths, n)
         if (wanted < 0).any():
