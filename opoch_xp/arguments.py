@@ -29,8 +29,13 @@ def namespace_of(**arrays: Array) -> Any:
     return next(iter(spaces.values()))
 
 
+def name_of(dtype: Any) -> str:
+    """float32, whatever a library calls it: an instance, a class, with or without its module."""
+    return str(dtype).rsplit(".", 1)[-1].removesuffix("'>")
+
+
 def dtype_name(array: Array) -> str:
-    return str(array.dtype).rsplit(".", 1)[-1]
+    return name_of(array.dtype)
 
 
 def on_host(xp: Any, array: Array) -> bool:
@@ -132,6 +137,13 @@ def check_arrays(q: Array, k: Array, v: Array, key_mask: Array | None) -> Any:
     return xp
 
 
+def kernels_named(xp: Any, backend: object) -> Any:
+    """The kernels of opoch_xp.backends.kernels_for; TypeError where the backend is no name."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
+    return kernels_for(xp, backend)
+
+
 def check_scale(scale: float | None, dim: int) -> float:
     """The scale given, or dim ** -0.5; TypeError or ValueError where it is no finite number."""
     scale = dim**-0.5 if scale is None else scale
@@ -155,9 +167,7 @@ def prepare(
 ) -> Problem:
     """The Problem that the arguments pose, or TypeError or ValueError in the caller's words."""
     xp = check_arrays(q, k, v, key_mask)
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
-    kernels = kernels_for(xp, backend)
+    kernels = kernels_named(xp, backend)
     scale = check_scale(scale, q.shape[-1])
     if kernels.name != "generic" and hasattr(q, "detach"):  # kernels write in place: gradients are opoch_xp.graphs'
         q, k, v = q.detach(), k.detach(), v.detach()

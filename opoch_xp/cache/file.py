@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from opoch_xp import tensors
-from opoch_xp.arguments import DTYPES, on_host, to_host
+from opoch_xp.arguments import DTYPES, name_of, on_host, to_host
 from opoch_xp.backends import kernels_for
 from opoch_xp.cache import forest, rows
 from opoch_xp.cache.layout import Layout, stored_dtype
@@ -40,11 +40,11 @@ def spans_of(method: Method, length: int, done: int) -> list[Span]:
 def write(path: Path, method: Method, layout: Layout, store: Any) -> None:
     """Write a cache, whole or not at all, a piece at a time."""
     tensors.check_target(path)
-    kind = "F64" if dtype_name_of(layout.stored) == "float64" else "F32"
+    kind = "F64" if name_of(layout.stored) == "float64" else "F32"
     done = store.done if isinstance(method, Treecode) else np.zeros_like(store.lengths)
     settings = {
         "method": {"name": type(method).__name__, **asdict(method)},
-        "dtype": dtype_name_of(layout.dtype),
+        "dtype": name_of(layout.dtype),
         **{name: getattr(layout, name) for name in ("axes", "lead", "heads", "dim", "width")},
         "lengths": store.lengths.tolist(),
         "done": done.tolist(),
@@ -62,10 +62,6 @@ def _arrays(method: Method, store: Any, done: np.ndarray, kind: str) -> Iterator
                 yield np.ascontiguousarray(to_host(x)[0].astype(kind, copy=False))
             if tier is not None:
                 yield np.ascontiguousarray(to_host(store.order(sequence, tier, start)).astype("<i4", copy=False))
-
-
-def dtype_name_of(dtype: Any) -> str:
-    return str(dtype).rsplit(".", 1)[-1].removesuffix("'>")
 
 
 class Settings:

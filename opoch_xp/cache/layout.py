@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from opoch_xp.arguments import check_finite_array, check_kind, check_mask, dtype_name, namespace_of, on_host, to_host
-from opoch_xp.backends import generic, kernels_for, library
+from opoch_xp.arguments import (
+    check_finite_array,
+    check_kind,
+    check_mask,
+    dtype_name,
+    kernels_named,
+    name_of,
+    namespace_of,
+    on_host,
+    to_host,
+)
+from opoch_xp.backends import generic, library
 from opoch_xp.graphs import traced
 from opoch_xp.problem import sum_dtype
 
@@ -75,16 +85,14 @@ def of_first(k: Array, v: Array, backend: str | None, offload: bool) -> Layout:
     """The layout that the first keys and values fix; TypeError or ValueError where they do not fit together."""
     xp = namespace_of(k=k, v=v)
     check_kind(k=k, v=v)
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be the name of a backend or None, got {backend!r}")
     shapes = f"got k {tuple(k.shape)}, v {tuple(v.shape)}"
     if len(k.shape) < 2 or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f"k and v must have the same axes before the last, at least (n, d); {shapes}")
     if 0 in (*k.shape[:-2], k.shape[-1], v.shape[-1]):
         raise ValueError(f"k and v must have at least one sequence, head and dimension; {shapes}")
-    kernels = kernels_for(xp, backend)
+    kernels = kernels_named(xp, backend)
     stored = stored_dtype(xp, kernels, dtype_name(k), offload and not on_host(xp, k))
-    stored = k.dtype if _name(stored) == dtype_name(k) else stored  # the same object, which is compared
+    stored = k.dtype if name_of(stored) == dtype_name(k) else stored  # the same object, which is compared
     heads = k.shape[-3] if len(k.shape) > 2 else 1
     sizes = len(k.shape), tuple(k.shape[:-3]), heads, k.shape[-1], v.shape[-1]
     return Layout(xp, kernels, type(k), device(k), k.dtype, stored, on_host(xp, k), *sizes)
@@ -117,7 +125,7 @@ def check_same(layout: Layout, k: Array, v: Array) -> None:
                 raise TypeError(f"{name} must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
         if array.dtype != layout.dtype:
             given = f"got {dtype_name(array)}"
-            raise TypeError(f"{name} must have the cache's dtype {_name(layout.dtype)}, {given}")
+            raise TypeError(f"{name} must have the cache's dtype {name_of(layout.dtype)}, {given}")
         shape = tuple(array.shape)
         if len(shape) != layout.axes or shape[:-2] != layout.before or shape[-1] != size:
             expected = f"({''.join(f'{n}, ' for n in layout.before)}n, {size})"
@@ -135,7 +143,7 @@ def check_queries(layout: Layout, q: Array) -> None:
         if xp is not layout.xp:
             raise TypeError(f"q must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
     if q.dtype != layout.dtype:
-        raise TypeError(f"q must have the cache's dtype {_name(layout.dtype)}, got {dtype_name(q)}")
+        raise TypeError(f"q must have the cache's dtype {name_of(layout.dtype)}, got {dtype_name(q)}")
     shape = tuple(q.shape)
     heads = shape[-3] if len(shape) > 2 else layout.heads
     if (
@@ -150,10 +158,6 @@ def check_queries(layout: Layout, q: Array) -> None:
         raise ValueError(f"q must have shape {expected}, to go with the cache's keys, got {shape}")
     if device(q) != layout.device:
         raise ValueError(f"q must be on the cache's device {layout.device}, got {device(q)}")
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).rsplit(".", 1)[-1].removesuffix("'>")
 
 
 def arranged(layout: Layout, x: Array) -> Array:

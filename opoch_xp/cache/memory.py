@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opoch_xp.arguments import HOST_LIBRARIES
+from opoch_xp.arguments import HOST_LIBRARIES, name_of
 from opoch_xp.backends import library
 from opoch_xp.tree import HostRows
 
@@ -60,7 +60,7 @@ class Memory:
     def _zeros(self, shape: tuple[int, ...], dtype: Any, cold: bool) -> Array:
         if not cold or self.offload is None or (self.offload == HOST and self.on_host):
             return self.xp.zeros(shape, dtype=dtype, device=self.where)
-        kind = np.dtype(str(dtype).rsplit(".", 1)[-1].removesuffix("'>"))
+        kind = np.dtype(name_of(dtype))
         data = self._map(shape, kind) if self.mapped else np.zeros(shape, kind)
         if not self.on_host:
             return HostRows(data, self.xp, self.where)
