@@ -13,7 +13,7 @@ import numpy as np
 from array_api_compat import device
 
 from opoch_xp.methods import Treecode
-from opoch_xp.problem import Problem, Solution
+from opoch_xp.problem import Problem, Solution, nothing_seen
 from opoch_xp.tree import Tree, rows_read, splits
 
 Array = Any
@@ -99,22 +99,23 @@ def rows_per_query(n_q: int, n_k: int, causal: bool, method: Treecode) -> dict[s
 
 def attend_treecode(problem: Problem, method: Treecode) -> Solution:
     """Exact attention within each query's own block, merged by lse with one part per tier of the forest."""
-    xp, n_q, n_k = problem.xp, problem.n_q, problem.n_k
-    batch, repeat, _, _ = problem.q.shape
-    here = {"device": device(problem.q), "dtype": problem.dtype}
-    state = (
-        xp.zeros((batch, repeat, n_q, problem.v.shape[-1]), **here),
-        xp.full((batch, repeat, n_q), -xp.inf, **here),
-    )
-    for start, part in local_parts(problem, method):
-        state = problem.kernels.merge_part(*state, *part, start)
+    n_q, n_k, state = problem.n_q, problem.n_k, attend_local(problem, method)
     for tier in tiers(n_q, n_k, problem.causal, method):
         for start, part in _tier_parts(problem, method, tier):
             state = problem.kernels.merge_part(*state, *part, start)
     return Solution(*state, rows_per_query(n_q, n_k, problem.causal, method))
 
 
-def local_parts(problem: Problem, method: Treecode) -> Iterator[Part]:
+def attend_local(problem: Problem, method: Treecode) -> tuple[Array, Array]:
+    """out and lse of what is exact: causal, each query against its own block; otherwise, the keys after the last one."""
+    lead, width = problem.q.shape[:3], problem.v.shape[-1]
+    state = nothing_seen(problem.xp, lead, width, problem.dtype, device(problem.q))
+    for start, part in _local_parts(problem, method):
+        state = problem.kernels.merge_part(*state, *part, start)
+    return state
+
+
+def _local_parts(problem: Problem, method: Treecode) -> Iterator[Part]:
     """Exact parts: causal, each query against its own block; otherwise, against the keys after the last block."""
     exact, mask, batch = problem.kernels.exact_attention, problem.mask, problem.q.shape[0]
     if not problem.causal:

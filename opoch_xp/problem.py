@@ -11,6 +11,12 @@ def sum_dtype(xp: Any, dtype: Any) -> Any:
     return xp.float64 if dtype == xp.float64 else xp.float32
 
 
+def nothing_seen(xp: Any, lead: tuple[int, ...], width: int, dtype: Any, device: Any) -> tuple[Array, Array]:
+    """out (*lead, width) and lse (*lead) of queries that have seen no key: what parts are merged into."""
+    here = {"dtype": dtype, "device": device}
+    return xp.zeros((*lead, width), **here), xp.full(lead, -xp.inf, **here)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Queries, keys and values in a dtype the kernels accept, heads in one batch axis; `dtype` is what is summed in.

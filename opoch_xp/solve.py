@@ -11,7 +11,7 @@ from opoch_xp.cost import predicted, visible_pairs
 from opoch_xp.forest import attend_treecode
 from opoch_xp.lsh import attend_buckets
 from opoch_xp.methods import LSH, Exact, Method, Treecode
-from opoch_xp.problem import Problem, Solution
+from opoch_xp.problem import Problem, Solution, nothing_seen
 
 
 def _exact(problem: Problem, method: Exact) -> Solution:
@@ -41,8 +41,7 @@ def solve(problem: Problem, method: Method) -> Solution:
     xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
     here = device(problem.q)
     if 0 in lead:
-        empty = {"dtype": problem.dtype, "device": here}
-        return Solution(xp.zeros((*lead, width), **empty), xp.full(lead, -xp.inf, **empty))
+        return Solution(*nothing_seen(xp, lead, width, problem.dtype, here))
     if width == 0:  # the lse is still wanted
         solution = solve(
             replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), dtype=problem.v.dtype, device=here)), method

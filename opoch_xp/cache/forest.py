@@ -18,10 +18,11 @@ from array_api_compat import device, is_writeable_array
 from opoch_xp.backends import generic
 from opoch_xp.backends.generic.tree import rows_of
 from opoch_xp.cache.arrays import bytes_of, taken, write_tokens
+from opoch_xp.cache.exact import attend_exactly, last_seen
 from opoch_xp.cache.layout import Layout, alike
 from opoch_xp.cache.memory import Memory
 from opoch_xp.cache.trees import Trees
-from opoch_xp.forest import Part, Tier, attend_tier, key_axes, local_parts, rows_per_query, tier_runs, tiers
+from opoch_xp.forest import Part, Tier, attend_local, attend_tier, key_axes, rows_per_query, tier_runs, tiers
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.threads import share
@@ -278,24 +279,16 @@ class Forest:
         self, sequences: np.ndarray, q: Array, causal: bool, scale: float
     ) -> tuple[Problem, tuple[Array, Array]]:
         """What is exact: queries (b * heads, repeat, n_q, d) against their own blocks, or, not causal, the open one."""
-        xp, kernels, (heads, repeat, n_q, dim) = self.layout.xp, self._kernels, q.shape
+        xp, kernels, (heads, _, n_q, _) = self.layout.xp, self._kernels, q.shape
         n, done, block = int(self.lengths[sequences[0]]), int(self.done[sequences[0]]), self.method.block
         first = max(0, n - n_q) // block * block if causal else done
         if first >= done:  # the open block has one shape whatever it holds
             k, v = (xp.reshape(taken(xp, x, sequences), (heads, block, -1)) for x in self.open)
             problem = Problem(xp, kernels, q, k, v, None, causal, scale)
-            last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat) - done
-            out, lse = kernels.exact_attention(
-                xp.reshape(q, (heads, 1, repeat * n_q, dim)), k, v, causal=True, scale=scale, mask=None, positions=last
-            )
-            return problem, (xp.reshape(out, (heads, repeat, n_q, -1)), xp.reshape(lse, q.shape[:3]))
+            return problem, attend_exactly(xp, kernels, q, k, v, last_seen(n, n_q, causal) - done, scale)
         k, v = (xp.reshape(x, (heads, n - first, -1)) for x in self.rows(sequences, first, n))
         problem = Problem(xp, kernels, q, k, v, None, causal, scale)
-        here = {"device": device(q), "dtype": self.layout.summed}
-        state = (xp.zeros((heads, repeat, n_q, v.shape[2]), **here), xp.full((heads, repeat, n_q), -xp.inf, **here))
-        for start, part in local_parts(problem, self.method):
-            state = kernels.merge_part(*state, *part, start)
-        return problem, state
+        return problem, attend_local(problem, self.method)
 
     def _chunks(self, sequences: np.ndarray, tier: int, low: int, high: int) -> tuple[Tree, np.ndarray]:
         """Trees with the chunks [low, high) of a tier, and where chunk 0 would stand for each key head of them."""

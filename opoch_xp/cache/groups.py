@@ -6,7 +6,7 @@ import numpy as np
 from array_api_compat import device
 
 from opoch_xp.cache.layout import Columns, Layout
-from opoch_xp.problem import Solution
+from opoch_xp.problem import Solution, nothing_seen
 
 Array = Any
 
@@ -32,11 +32,8 @@ def joined(
     for one in solutions:
         for part, rows in one.rows.items():
             read[part] = read.get(part, 0.0) + float(rows) * one.out.shape[2] / tokens
-    here = {"device": layout.device, "dtype": layout.summed}
-    nothing = {
-        "out": xp.zeros((heads, repeat, 1, layout.width), **here),
-        "lse": xp.full((heads, repeat, 1), -xp.inf, **here),
-    }
+    row = nothing_seen(xp, (heads, repeat, 1), layout.width, layout.summed, layout.device)
+    nothing = {"out": row[0], "lse": row[1]}
     parts = {name: [getattr(one, name) for one in solutions] for name in nothing}
     if columns is None and solutions:
         out, lse = (xp.concat(part, axis=2) for part in parts.values())

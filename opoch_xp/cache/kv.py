@@ -14,6 +14,7 @@ from opoch_xp.arguments import check_scale, to_host
 from opoch_xp.attention import Attention, Report
 from opoch_xp.audit import Audit, check_rows, compared
 from opoch_xp.cache import file
+from opoch_xp.cache.exact import attend_exactly, last_seen
 from opoch_xp.cache.forest import Forest
 from opoch_xp.cache.groups import entries, joined, of_columns, together
 from opoch_xp.cache.layout import (
@@ -33,7 +34,7 @@ from opoch_xp.cache.memory import HOST, Memory
 from opoch_xp.cache.rows import Rows
 from opoch_xp.cost import visible_pairs
 from opoch_xp.methods import Method, Treecode, check_whole
-from opoch_xp.problem import Solution
+from opoch_xp.problem import Solution, nothing_seen
 from opoch_xp.solve import check_method
 
 Array = Any
@@ -417,28 +418,24 @@ class KVCache:
     def _solve(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
         layout = self._layout
         assert layout is not None
-        n, n_q = int(self._store.lengths[sequences[0]]), q.shape[3]
-        if n_q == 0 or n == 0:
-            lead, here = (len(sequences) * layout.heads, q.shape[2], n_q), {"device": device(q), "dtype": layout.summed}
-            xp = layout.xp
-            return Solution(xp.zeros((*lead, layout.width), **here), xp.full(lead, -xp.inf, **here))
+        if q.shape[3] == 0 or not self._store.lengths[sequences[0]]:
+            lead = (len(sequences) * layout.heads, *q.shape[2:4])
+            return Solution(*nothing_seen(layout.xp, lead, layout.width, layout.summed, device(q)))
         return self._store.attend(sequences, q, causal, scale)
 
     def _exact(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
         """Exact attention of queries (b, heads, repeat, n_q, d), chunk by chunk of the keys."""
         layout = self._layout
         assert layout is not None
-        xp, n, (_, _, repeat, n_q, dim) = layout.xp, int(self._store.lengths[sequences[0]]), q.shape
-        heads, here = len(sequences) * layout.heads, {"device": device(q), "dtype": layout.summed}
-        q = xp.reshape(q, (heads, 1, repeat * n_q, dim))
-        state = (xp.zeros((*q.shape[:3], layout.width), **here), xp.full(q.shape[:3], -xp.inf, **here))
-        last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat)
+        xp, n = layout.xp, int(self._store.lengths[sequences[0]])
+        q = xp.reshape(q, (-1, *q.shape[2:]))
+        state = nothing_seen(xp, q.shape[:3], layout.width, layout.summed, device(q))
+        last = last_seen(n, q.shape[2], causal)
         for start, k, v in self._store.parts(sequences, 0, n):
-            k, v = (xp.astype(xp.reshape(x, (heads, *x.shape[2:])), layout.summed, copy=False) for x in (k, v))
-            part = layout.kernels.exact_attention(q, k, v, causal=True, scale=scale, mask=None, positions=last - start)
+            k, v = (xp.astype(xp.reshape(x, (q.shape[0], *x.shape[2:])), layout.summed, copy=False) for x in (k, v))
+            part = attend_exactly(xp, layout.kernels, q, k, v, last - start, scale)
             state = layout.kernels.merge_part(*state, *part, 0)
-        shape = (heads, repeat, n_q)
-        return Solution(xp.reshape(state[0], (*shape, -1)), xp.reshape(state[1], shape))
+        return Solution(*state)
 
     def _seen(self, sequences: np.ndarray, n_q: int, causal: bool) -> float:
         """Keys that a query of these sequences may see, summed over queries."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.cache.arrays import bytes_of, taken, write_tokens
+from opoch_xp.cache.exact import attend_exactly, last_seen
 from opoch_xp.cache.layout import Layout, alike
 from opoch_xp.cache.memory import Memory
 from opoch_xp.lsh import LEAST_BUCKET, bucket_limit
@@ -57,9 +58,8 @@ class Rows:
         room, wanted = self.held[0].shape[2], start + k.shape[2]
         if wanted > room:
             there, old = int(np.max(self.lengths)), self.held
-            everyone = np.arange(self.layout.batch)
             self.held = tuple(
-                write_tokens(xp, new, everyone, 0, x[:, :, :there, :])
+                write_tokens(xp, new, self.layout.everyone, 0, x[:, :, :there, :])
                 for new, x in zip(self._empty(max(wanted, 2 * room)), old, strict=True)
             )
         self.held = tuple(write_tokens(xp, x, sequences, start, new) for x, new in zip(self.held, (k, v), strict=True))
@@ -83,19 +83,15 @@ class Rows:
     def attend(self, sequences: np.ndarray, q: Array, causal: bool, scale: float) -> Solution:
         """Queries (b, heads, repeat, n_q, d) of the last n_q tokens, or, not causal, of any, against what is held."""
         xp, kernels, n = self.layout.xp, self.layout.kernels, int(self.lengths[sequences[0]])
-        heads, (_, _, repeat, n_q, dim) = len(sequences) * self.layout.heads, q.shape
-        if isinstance(self.method, Exact):  # rows have one shape whatever they hold
-            k, v = (xp.reshape(taken(xp, x, sequences), (heads, x.shape[2], -1)) for x in self.held)
-            last = np.tile(np.arange(n - n_q, n) if causal else np.full(n_q, n - 1), repeat)
-            out, lse = kernels.exact_attention(
-                xp.reshape(q, (heads, 1, repeat * n_q, dim)), k, v, causal=True, scale=scale, mask=None, positions=last
-            )
-            read = float(np.mean(np.maximum(last + 1, 0)))
-            return Solution(
-                xp.reshape(out, (heads, repeat, n_q, -1)), xp.reshape(lse, (heads, repeat, n_q)), {"local": read}
-            )
-        k, v = (xp.reshape(taken(xp, x, sequences)[:, :, :n, :], (heads, n, -1)) for x in self.held)
-        q = xp.reshape(q, (heads, repeat, n_q, dim))
+        heads = len(sequences) * self.layout.heads
+        q = xp.reshape(q, (heads, *q.shape[2:]))
+        k, v = (taken(xp, x, sequences) for x in self.held)
+        if isinstance(self.method, Exact):
+            k, v = (xp.reshape(x, (heads, *x.shape[2:])) for x in (k, v))
+            last = last_seen(n, q.shape[2], causal)
+            read = {"local": float(np.mean(np.maximum(last + 1, 0)))}
+            return Solution(*attend_exactly(xp, kernels, q, k, v, last, scale), read)
+        k, v = (xp.reshape(x[:, :, :n, :], (heads, n, -1)) for x in (k, v))
         return solve(Problem(xp, kernels, q, k, v, None, causal, scale), self._limited(causal))
 
     def _limited(self, causal: bool) -> LSH:
