@@ -107,7 +107,7 @@ def attend_treecode(problem: Problem, method: Treecode) -> Solution:
 
 
 def attend_local(problem: Problem, method: Treecode) -> tuple[Array, Array]:
-    """out and lse of what is exact: causal, each query against its own block; otherwise, the keys after the last one."""
+    """out and lse of what is exact: causal, each query against its own block; else, the keys after the last block."""
     lead, width = problem.q.shape[:3], problem.v.shape[-1]
     state = nothing_seen(problem.xp, lead, width, problem.dtype, device(problem.q))
     for start, part in _local_parts(problem, method):

@@ -5,6 +5,8 @@ layout     what a cache holds, and the checks of what is given to it
 forest     keys and values in a growing forest: the treecode
 trees      the trees of one tier of it
 rows       keys and values in rows, as they came: Exact and LSH
+exact      exact attention of the last tokens, for both
+groups     sequences that are alike, taken together
 memory     where arrays lie: the device, the host, a file
 arrays     writing to arrays of libraries that write in place, and of those that do not
 file       saved caches

@@ -15,7 +15,7 @@ def last_seen(n: int, n_q: int, causal: bool) -> np.ndarray:
 def attend_exactly(
     xp: Any, kernels: Any, q: Array, k: Array, v: Array, last: np.ndarray, scale: float
 ) -> tuple[Array, Array]:
-    """Queries (heads, repeat, n_q, d) over the keys (heads, m, d) up to last (n_q,): out (heads, repeat, n_q, d_v), lse.
+    """Queries (heads, repeat, n_q, d) over keys (heads, m, d) up to last (n_q,): out (heads, repeat, n_q, d_v) and lse.
 
     Keys and values after those are not read: their arrays may have one shape whatever they hold.
     """

@@ -58,7 +58,7 @@ def forest_backward(problem: Problem, method: Treecode, lse: Tensor, dout: Tenso
 
 
 def _local_backward(problem: Problem, method: Treecode, whole: Gradients, into: Gradients) -> None:
-    """Adds the gradients of the exact parts: see opoch_xp.forest.local_parts."""
+    """Adds the gradients of the exact parts: see opoch_xp.forest._local_parts."""
     xp, mask, batch = problem.xp, problem.mask, problem.q.shape[0]
     dq, dk, dv = into
     if not problem.causal:
