@@ -68,6 +68,11 @@ class Lists:
     own: Array
 
 
+def chunk_size(method: Treecode, tier: int) -> int:
+    """Keys of a chunk of a tier."""
+    return method.block * method.fan**tier
+
+
 def level_nodes(size: int, method: Treecode) -> tuple[int, ...]:
     """Nodes per level, finest first, of a chunk of `size` keys: cells, then `branch` to a parent, to at most `top`."""
     nodes = [size // method.leaf]

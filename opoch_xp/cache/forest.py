@@ -26,7 +26,7 @@ from opoch_xp.forest import Part, Tier, attend_local, attend_tier, key_axes, row
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.threads import share
-from opoch_xp.tree import Tree
+from opoch_xp.tree import Tree, chunk_size
 
 Array = Any
 STEP = 1 << 16  # tokens taken at a time, about
@@ -38,8 +38,8 @@ def spans(method: Treecode, length: int, done: int) -> list[tuple[int | None, in
     found: list[tuple[int | None, int, int]] = []
     tier, stop = 0, done
     while stop:
-        size = method.block * method.fan**tier
-        start = done // (size * method.fan) * size * method.fan
+        size, parent = chunk_size(method, tier), chunk_size(method, tier + 1)
+        start = done // parent * parent
         found[:0] = [(tier, low, low + size) for low in range(start, stop, size)]
         tier, stop = tier + 1, start
     return found + ([(None, done, length)] if done < length else [])
@@ -65,7 +65,6 @@ class Forest:
         while step * method.fan <= STEP:
             step *= method.fan
         self.step = STEP // step * step if step <= STEP else step
-
         self._row_bytes = bytes_of(*self.open) // (layout.batch * layout.heads * method.block)
 
     @property
@@ -77,7 +76,7 @@ class Forest:
         return alike(sequences, self.lengths, self.done)
 
     def _size(self, tier: int) -> int:
-        return self.method.block * self.method.fan**tier
+        return chunk_size(self.method, tier)
 
     def _held(self, tier: int, done: int) -> tuple[int, int]:
         """The chunks of a tier that a forest of `done` tokens holds, from the first to before the second."""
@@ -106,31 +105,26 @@ class Forest:
             for one in sequences.tolist():
                 self.lengths[one] = length
             return
-        plan, tier = [], 0
-        while self._size(tier) <= max(done, before):
+        plan, tier = [], 0  # of each tier that lacks chunks: how many stay, and the tokens of those to build
+        while self._size(tier) <= done:
             (low, high), (old_low, old_high) = self._held(tier, done), self._held(tier, before)
             kept = min(high, old_high) - low if low == old_low else 0
-            plan.append((tier, low + kept, high, kept))
+            if low + kept < high:
+                plan.append((tier, kept, (low + kept) * self._size(tier), high * self._size(tier)))
             tier += 1
-        start = min([done, *(low * self._size(tier) for tier, low, high, _ in plan if low < high)])
+        start = min([done, *(first for _, _, first, _ in plan)])
         rows = self._gathered(sequences, start, stay, more)
         built = [
-            self._built(tuple(x[:, :, low * size - start : high * size - start, :] for x in rows), tier)
-            if low < high
-            else None
-            for tier, low, high, _ in plan
-            for size in (self._size(tier),)
+            self._built(tuple(x[:, :, first - start : last - start, :] for x in rows), tier)
+            for tier, _, first, last in plan
         ]
         left = tuple(self.layout.xp.asarray(x[:, :, done - start :, :], copy=True) for x in rows)
         del rows  # as large as the trees, of which another copy is made now
-        for tier, low, high, kept in plan:
-            if built[tier] is not None:
-                old_low, old_high = self._held(tier, before)
-                self._trees(tier).reserve(sequences, old_high - old_low, kept + high - low)
-        for tier, low, high, kept in plan:
-            tree = built.pop(0)
-            if tree is not None:
-                self._trees(tier).add(sequences, kept, tree, high - low)
+        for tier, kept, first, last in plan:
+            old_low, old_high = self._held(tier, before)
+            self._trees(tier).reserve(sequences, old_high - old_low, kept + (last - first) // self._size(tier))
+        for tier, kept, first, last in plan:
+            self._trees(tier).add(sequences, kept, built.pop(0), (last - first) // self._size(tier))
             self.memory.release()
         self._write(sequences, 0, left)
         self.done[sequences], self.lengths[sequences] = done, length
@@ -182,9 +176,8 @@ class Forest:
         place = self._places(sequences, tier, first)
         cells, order = (taken(xp, x, place) for x in (trees.tree.cells, trees.tree.order))
         heads, size, width = cells.shape
-        order = (
-            xp.argsort(order, axis=1) + xp.arange(heads, device=device(order))[:, None] * size
-        )  # a permutation's inverse
+        inverse = xp.argsort(order, axis=1)  # of a permutation
+        order = inverse + xp.arange(heads, device=device(order))[:, None] * size
         cells = rows_of(xp, xp.reshape(cells, (heads * size, width)), order)
         cells = xp.reshape(cells, (len(sequences), self.layout.heads, size, width))
         return cells[..., :dim], cells[..., dim:]

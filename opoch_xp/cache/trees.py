@@ -10,7 +10,7 @@ from opoch_xp.cache.arrays import bytes_of, put, taken
 from opoch_xp.cache.layout import Layout
 from opoch_xp.cache.memory import Memory
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Tree, level_nodes
+from opoch_xp.tree import Tree, chunk_size, level_nodes
 
 Array = Any
 
@@ -27,7 +27,7 @@ class Trees:
         self, layout: Layout, memory: Memory, method: Treecode, number: int, rows: int, slots: int, finest: bool
     ) -> None:
         self.layout, self.memory, self.method = layout, memory, method
-        self.number, self.size = number, method.block * method.fan**number
+        self.number, self.size = number, chunk_size(method, number)
         self.finest = finest  # whether the summaries of cells are offloaded too
         self.rows, self.slots = rows, slots
         self.row = np.arange(rows)
