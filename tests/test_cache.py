@@ -470,12 +470,12 @@ def test_offload_is_the_same(backend: Backend, tmp_path: Path) -> None:
 
 def test_fetched_cells(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device, what is opened is fetched from the host: made believe here, where there is none."""
-    from opoch_xp.cache import memory
+    from opoch_xp.cache import layout
 
     q, k, v = arrays()
     plain = Caches(backend)
     expected = plain.prefill(q, k, v)
-    monkeypatch.setattr(memory.Memory, "is_host", lambda self: False)
+    monkeypatch.setattr(layout, "on_host", lambda xp, array: False)
     caches = Caches(backend, ALONE, offload="host")
     same(caches.prefill(q, k, v), expected, "prefill")
     trees = caches.cache._store.tiers[0].tree

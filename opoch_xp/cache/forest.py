@@ -71,7 +71,7 @@ class Forest:
     def nbytes(self) -> int:
         return sum(trees.nbytes for trees in self.tiers) + bytes_of(*self.open)
 
-    def alike(self, sequences: np.ndarray) -> Iterator[np.ndarray]:
+    def alike(self, sequences: np.ndarray) -> Iterable[np.ndarray]:
         """The sequences in groups that can be named together."""
         return alike(sequences, self.lengths, self.done)
 

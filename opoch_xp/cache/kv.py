@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from opoch_xp.arguments import check_scale, to_host
+from opoch_xp.arguments import check_scale
 from opoch_xp.attention import Attention, Report
 from opoch_xp.audit import Audit, check_rows, compared
 from opoch_xp.cache import file
@@ -29,8 +29,9 @@ from opoch_xp.cache.layout import (
     check_same,
     columns_kept,
     of_first,
+    sequence_numbers,
 )
-from opoch_xp.cache.memory import HOST, Memory
+from opoch_xp.cache.memory import Memory, folder
 from opoch_xp.cache.rows import Rows
 from opoch_xp.cost import visible_pairs
 from opoch_xp.methods import Method, Treecode, check_whole
@@ -93,7 +94,7 @@ class KVCache:
         if capacity is not None:
             check_whole("capacity", capacity, 1)
         self.capacity, self.backend = capacity, backend
-        self.offload, self.offload_finest = _folder(offload), bool(offload_finest)
+        self.offload, self.offload_finest = folder(offload), bool(offload_finest)
         if offload is not None and not isinstance(self.method, Treecode):
             raise ValueError(f"offload needs a Treecode, which opens few cells; {self.method!r} reads every key")
         if offload_finest and offload is None:
@@ -276,14 +277,14 @@ class KVCache:
         A sequence may be named again: complete chunks are then shared until one of the copies grows. Raises ValueError
         unless the cache has one axis of sequences and the indices are theirs.
         """
-        self._select(self._batched("select"), _numbers(indices))
+        self._select(self._batched("select"), sequence_numbers(indices))
 
     def reorder(self, indices: Any) -> None:
         """`select` with as many indices as there are sequences: what beams of a beam search go on from.
 
         Cost: the open block of each sequence is copied; complete chunks are not.
         """
-        layout, numbers = self._batched("reorder"), _numbers(indices)
+        layout, numbers = self._batched("reorder"), sequence_numbers(indices)
         if len(numbers) != layout.batch:
             raise ValueError(f"indices must name {layout.batch} sequences, got {len(numbers)}: select changes how many")
         self._select(layout, numbers)
@@ -339,7 +340,7 @@ class KVCache:
         return cache
 
     def _new_store(self, layout: Layout) -> Any:
-        memory = Memory(layout.xp, layout.device, self.offload)
+        memory = Memory(layout.xp, layout.device, layout.host, self.offload)
         if isinstance(self.method, Treecode):
             return Forest(layout, self.method, self.capacity, memory, self.offload_finest)
         return Rows(layout, self.method, self.capacity, memory)
@@ -469,26 +470,3 @@ class _Changing:
     def __exit__(self, kind: type | None, *error: object) -> None:
         if kind is not None:
             self.cache._undo(self.before)
-
-
-def _folder(offload: str | Path | None) -> str | Path | None:
-    """None, "host", or a folder that is there."""
-    if offload is None or offload == HOST:
-        return offload
-    if not isinstance(offload, str | Path):
-        raise TypeError(f'offload must be None, "{HOST}" or a folder, got {offload!r}')
-    path = Path(offload)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"offload: {path} is a file, expected a folder")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"offload: no folder {path.absolute().parent}")
-    path.mkdir(exist_ok=True)
-    return path
-
-
-def _numbers(indices: Any) -> np.ndarray:
-    """Host integers of a list or an array of whole numbers."""
-    numbers = np.asarray(indices if isinstance(indices, list | tuple | range) else to_host(indices))
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
-        raise ValueError(f"indices must be whole numbers along one axis, at least one, got {indices!r}")
-    return numbers.astype(np.int64)

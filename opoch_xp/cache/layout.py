@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,45 +119,37 @@ def check_numbers(**arrays: Array) -> None:
 def check_same(layout: Layout, k: Array, v: Array) -> None:
     """TypeError or ValueError unless k and v are more of what the cache holds."""
     for name, array, size in (("k", k, layout.dim), ("v", v, layout.width)):
-        if type(array) is not layout.kind:
-            xp = namespace_of(**{name: array})
-            if xp is not layout.xp:
-                raise TypeError(f"{name} must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
-        if array.dtype != layout.dtype:
-            given = f"got {dtype_name(array)}"
-            raise TypeError(f"{name} must have the cache's dtype {name_of(layout.dtype)}, {given}")
+        _check_kind(layout, name, array)
         shape = tuple(array.shape)
         if len(shape) != layout.axes or shape[:-2] != layout.before or shape[-1] != size:
             expected = f"({''.join(f'{n}, ' for n in layout.before)}n, {size})"
             raise ValueError(f"{name} must have shape {expected}, as the cache's, got {shape}")
-        if device(array) != layout.device:
-            raise ValueError(f"{name} must be on the cache's device {layout.device}, got {device(array)}")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"k and v must have the same tokens, got k {tuple(k.shape)}, v {tuple(v.shape)}")
 
 
 def check_queries(layout: Layout, q: Array) -> None:
     """TypeError or ValueError unless queries fit the keys of the cache."""
-    if type(q) is not layout.kind:
-        xp = namespace_of(q=q)
-        if xp is not layout.xp:
-            raise TypeError(f"q must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
-    if q.dtype != layout.dtype:
-        raise TypeError(f"q must have the cache's dtype {name_of(layout.dtype)}, got {dtype_name(q)}")
+    _check_kind(layout, "q", q)
     shape = tuple(q.shape)
     heads = shape[-3] if len(shape) > 2 else layout.heads
-    if (
-        len(shape) != layout.axes
-        or shape[:-3] != layout.lead
-        or shape[-1] != layout.dim
-        or not heads
-        or heads % layout.heads
-    ):
+    fits = len(shape) == layout.axes and shape[:-3] == layout.lead and shape[-1] == layout.dim
+    if not fits or not heads or heads % layout.heads:
         heads_of = f"a multiple of {layout.heads}, " if layout.axes > 2 else ""
         expected = f"({''.join(f'{n}, ' for n in layout.lead)}{heads_of}n_q, {layout.dim})"
         raise ValueError(f"q must have shape {expected}, to go with the cache's keys, got {shape}")
-    if device(q) != layout.device:
-        raise ValueError(f"q must be on the cache's device {layout.device}, got {device(q)}")
+
+
+def _check_kind(layout: Layout, name: str, array: Array) -> None:
+    """TypeError or ValueError unless an array is of the cache's library, dtype and device."""
+    if type(array) is not layout.kind:
+        xp = namespace_of(**{name: array})
+        if xp is not layout.xp:
+            raise TypeError(f"{name} must be an array of {library(layout.xp)}, as the cache's, got {library(xp)}")
+    if array.dtype != layout.dtype:
+        raise TypeError(f"{name} must have the cache's dtype {name_of(layout.dtype)}, got {dtype_name(array)}")
+    if device(array) != layout.device:
+        raise ValueError(f"{name} must be on the cache's device {layout.device}, got {device(array)}")
 
 
 def arranged(layout: Layout, x: Array) -> Array:
@@ -208,17 +200,27 @@ def columns_kept(layout: Layout, key_mask: Array | None, k: Array) -> list[tuple
     kept = to_host(key_mask).reshape(layout.batch, -1)
     if kept.all():
         return [(layout.everyone, None)]
-    groups: dict[bytes, list[int]] = {}
-    for number, row in enumerate(kept):
-        groups.setdefault(row.tobytes(), []).append(number)
-    return [(np.array(some), np.flatnonzero(kept[some[0]])) for some in groups.values()]
+    return [(some, np.flatnonzero(kept[some[0]])) for some in _grouped(layout.everyone, map(np.ndarray.tobytes, kept))]
 
 
-def alike(sequences: np.ndarray, *figures: np.ndarray) -> Iterator[np.ndarray]:
+def alike(sequences: np.ndarray, *figures: np.ndarray) -> Iterable[np.ndarray]:
     """The sequences in groups whose figures are the same."""
     if len(sequences) == 1:
-        return iter((sequences,))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, *of_it in zip(sequences.tolist(), *(x[sequences].tolist() for x in figures), strict=True):
-        groups.setdefault(tuple(of_it), []).append(number)
-    return (np.array(some) for some in groups.values())
+        return (sequences,)
+    return _grouped(sequences, zip(*(x[sequences].tolist() for x in figures), strict=True))
+
+
+def _grouped(sequences: np.ndarray, keys: Iterable[Any]) -> list[np.ndarray]:
+    """The sequences whose keys are equal, in groups."""
+    groups: dict[Any, list[int]] = {}
+    for number, key in zip(sequences.tolist(), keys, strict=True):
+        groups.setdefault(key, []).append(number)
+    return [np.array(some) for some in groups.values()]
+
+
+def sequence_numbers(indices: Any) -> np.ndarray:
+    """Host integers of a list or an array of whole numbers."""
+    numbers = np.asarray(indices if isinstance(indices, list | tuple | range) else to_host(indices))
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
+        raise ValueError(f"indices must be whole numbers along one axis, at least one, got {indices!r}")
+    return numbers.astype(np.int64)

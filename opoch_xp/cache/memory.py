@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opoch_xp.arguments import HOST_LIBRARIES, name_of
+from opoch_xp.arguments import name_of
 from opoch_xp.backends import library
 from opoch_xp.tree import HostRows
 
@@ -19,31 +19,33 @@ HOST = "host"
 RELEASE = 1 << 23  # bytes read of mapped files between givings back; a system may map 8 times as much around them
 
 
+def folder(offload: str | Path | None) -> str | Path | None:
+    """None, "host", or a folder that is there."""
+    if offload is None or offload == HOST:
+        return offload
+    if not isinstance(offload, str | Path):
+        raise TypeError(f'offload must be None, "{HOST}" or a folder, got {offload!r}')
+    path = Path(offload)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"offload: {path} is a file, expected a folder")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"offload: no folder {path.absolute().parent}")
+    path.mkdir(exist_ok=True)
+    return path
+
+
 class Memory:
     """Allocates arrays of zeros; those that are `cold` lie where `offload` says: None the device, "host", or a folder.
 
-    Mapped files have no name: they go when the arrays do, and with the process whatever happens to it. Pages that were
-    read stay resident until `release`; the system may keep them in its cache of files, and takes them back when it
-    needs them.
+    on_host: whether kernels read host memory as it is. Mapped files have no name: they go when the arrays do, and with
+    the process whatever happens to it. Pages that were read stay resident until `release`; the system may keep them in
+    its cache of files, and takes them back when it needs them.
     """
 
-    def __init__(self, xp: Any, where: Any, offload: str | Path | None) -> None:
-        self.xp, self.where, self.offload = xp, where, offload
-        self.on_host = self.is_host()
+    def __init__(self, xp: Any, where: Any, on_host: bool, offload: str | Path | None) -> None:
+        self.xp, self.where, self.on_host, self.offload = xp, where, on_host, offload
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._read = 0
-
-    def is_host(self) -> bool:
-        """Whether kernels read host memory as it is."""
-        name = library(self.xp)
-        return name in HOST_LIBRARIES or (name == "torch" and str(self.where) == "cpu")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
-        if self.mapped:
-            raise ValueError(
-                f"a cache whose keys lie in files of {self.offload} is not copied into memory: save and load"
-            )
-        return Memory(self.xp, self.where, self.offload)
 
     @property
     def mapped(self) -> bool:

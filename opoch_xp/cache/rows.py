@@ -48,7 +48,7 @@ class Rows:
     def nbytes(self) -> int:
         return bytes_of(*self.held)
 
-    def alike(self, sequences: np.ndarray) -> Iterator[np.ndarray]:
+    def alike(self, sequences: np.ndarray) -> Iterable[np.ndarray]:
         """The sequences in groups that can be named together."""
         return alike(sequences, self.lengths)
 
