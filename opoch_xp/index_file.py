@@ -22,7 +22,7 @@ KINDS = {"x": ("F32", "F64"), "ids": ("I64",), "codes": ("U16", "U32", "I64"), "
 
 def write(path: Path, settings: Settings, next_id: int, arrays: dict[str, np.ndarray]) -> None:
     """Write an index, whole or not at all."""
-    tensors.check_target(path)
+    tensors.check_ending(path)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

@@ -46,7 +46,7 @@ def _start_memory() -> tuple[int, int] | None:
     _return_free_memory()
     try:
         CLEAR.write_text("5")
-        return _status("VmRSS"), _status("VmHWM")
+        return resident(), most_resident()
     except (OSError, KeyError):
         mark = _lifetime_mark()
         return None if mark is None else (mark, mark)
@@ -57,7 +57,7 @@ def _extra_memory(level: tuple[int, int] | None) -> int | None:
         return None
     before, mark = level
     try:
-        peak = _status("VmHWM")
+        peak = most_resident()
     except (OSError, KeyError):
         peak = _lifetime_mark() or mark
         return peak - before if peak > mark else None  # an unmoved lifetime mark says nothing about this call

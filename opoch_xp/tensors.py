@@ -166,7 +166,7 @@ def write(
         file.write(b"%08x" % total)
 
 
-def check_target(path: Path) -> None:
+def check_ending(path: Path) -> None:
     """ValueError unless a name has the ending of the format."""
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: expected a name ending in {SUFFIX}, got {path.suffix or 'no ending'!r}")

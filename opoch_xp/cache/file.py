@@ -39,8 +39,7 @@ def spans_of(method: Method, length: int, done: int) -> list[Span]:
 
 def write(path: Path, method: Method, layout: Layout, store: Any) -> None:
     """Write a cache, whole or not at all, a piece at a time."""
-    tensors.check_target(path)
-    kind = "F64" if name_of(layout.stored) == "float64" else "F32"
+    tensors.check_ending(path)
     done = store.done if isinstance(method, Treecode) else np.zeros_like(store.lengths)
     settings = {
         "method": {"name": type(method).__name__, **asdict(method)},
@@ -49,9 +48,10 @@ def write(path: Path, method: Method, layout: Layout, store: Any) -> None:
         "lengths": store.lengths.tolist(),
         "done": done.tolist(),
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(settings)}
-    shapes = Settings(path, settings).entries(kind)
-    tensors.write(path, shapes, metadata, _arrays(method, store, done, tensors.DTYPES[kind]))
+    text = json.dumps(settings)
+    metadata = {"format": FORMAT, "version": str(VERSION), "settings": text}
+    checked = Settings(path, text)
+    tensors.write(path, checked.entries(), metadata, _arrays(method, store, done, tensors.DTYPES[checked.kind]))
 
 
 def _arrays(method: Method, store: Any, done: np.ndarray, kind: str) -> Iterator[np.ndarray]:
@@ -67,8 +67,9 @@ def _arrays(method: Method, store: Any, done: np.ndarray, kind: str) -> Iterator
 class Settings:
     """What the metadata of a file says, checked; ValueError where it cannot be."""
 
-    def __init__(self, path: Path, given: dict[str, Any]) -> None:
+    def __init__(self, path: Path, text: str) -> None:
         try:
+            given = json.loads(text)
             method = dict(given["method"])
             self.method: Method = METHODS[method.pop("name")](**method)
             self.dtype, self.lead = given["dtype"], tuple(given["lead"])
@@ -79,7 +80,7 @@ class Settings:
             for name in ("lead", "lengths", "done"):
                 for number in getattr(self, name):
                     check_whole(name, number, 0, 2**48)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged: its settings cannot be used ({error})") from None
         self._check(path)
 
@@ -97,18 +98,23 @@ class Settings:
             raise ValueError(f"{path}: damaged: its settings do not fit one another")
 
     @property
+    def kind(self) -> str:
+        """The format's name for the dtype of keys and values in a file: 16 bits are written as they are kept."""
+        return "F64" if self.dtype == "float64" else "F32"
+
+    @property
     def row(self) -> int:
         """Numbers of a key and its value."""
         return self.dim + self.width
 
-    def entries(self, kind: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of every array, by name, in their order."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for sequence, (length, done) in enumerate(zip(self.lengths, self.done, strict=True)):
             for number, (tier, start, stop) in enumerate(spans_of(self.method, length, done)):
                 name, size = f"{sequence}.{number}", stop - start
-                found[f"{name}.k"] = (kind, (self.heads, size, self.dim))
-                found[f"{name}.v"] = (kind, (self.heads, size, self.width))
+                found[f"{name}.k"] = (self.kind, (self.heads, size, self.dim))
+                found[f"{name}.v"] = (self.kind, (self.heads, size, self.width))
                 if tier is not None:
                     found[f"{name}.order"] = ("I32", (self.heads, size))
         return found
@@ -174,16 +180,11 @@ def opened(path: Path) -> Iterator[Saved]:
     with tensors.opened(path) as file:
         header = tensors.read_header(path, file)
         tensors.check_format(path, header, "cache", FORMAT, VERSION)
-        try:
-            given = json.loads(header.metadata("settings") or "")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: damaged: its settings cannot be used ({error})") from None
-        settings = Settings(path, given)
-        kind = "F64" if settings.dtype == "float64" else "F32"
+        settings = Settings(path, header.metadata("settings") or "")
         if sum(settings.lengths) > header.size:
             raise ValueError(f"{path}: {sum(settings.lengths):,} tokens do not fit {header.size:,} bytes")
         entries = {}
-        for name, (dtype, shape) in settings.entries(kind).items():
+        for name, (dtype, shape) in settings.entries().items():
             if name not in header.names:
                 raise ValueError(f"{path}: no cache: {name} missing")
             entries[name] = header.entry(name, (dtype,))

@@ -145,7 +145,7 @@ def tree_attention(
 ) -> tuple[Array, Array]:
     """See opoch_xp.backends.generic.tree.tree_attention."""
     tasks, n, _ = queries.shape
-    out, lse, _, _ = _attend(queries, tree, first, count, axes, method, scale, groups, lists, workers)
+    out, lse, *_ = _attend(queries, tree, first, count, axes, method, scale, groups, lists, workers)
     return out.reshape(tasks, n, -1), lse.reshape(tasks, n)
 
 
@@ -162,15 +162,15 @@ def tree_lists(
     workers: int,
 ) -> Lists:
     """What `tree_attention` opens for the groups given; -1 where a group opens fewer nodes than another."""
-    _, _, opened, own = _attend(queries, tree, first, count, axes, method, scale, groups, None, workers)
-    return Lists(tuple(opened), own)
+    _, _, opened, widths, own = _attend(queries, tree, first, count, axes, method, scale, groups, None, workers)
+    return Lists(tuple(np.split(opened, list(accumulate(widths))[:-1], axis=1)), own)
 
 
 def _attend(
     queries: Array, tree: Tree, first: Any, count: Any, axes: Any, method: Treecode, scale: float,
     groups: Array | None, lists: Lists | None, workers: int,
-) -> tuple[Array, Array, list[Array], Array]:  # fmt: skip
-    """out (T * n, e), lse (T * n,), and the nodes and own cells that every group opened."""
+) -> tuple[Array, Array, Array, list[int], Array]:  # fmt: skip
+    """out (T * n, e), lse (T * n,); the nodes that every group opened, so many of each level, and the own cells."""
     tasks, n, dim = queries.shape
     kind, width = queries.dtype, tree.cells.shape[2] - tree.dim
     out, lse = np.zeros((tasks * n, width), kind), np.full(tasks * n, -np.inf, kind)
@@ -222,7 +222,7 @@ def _attend(
         opened[heavy], own_list[heavy] = chosen, chosen_own
     if finite is not None:
         out[~alive], lse[~alive] = np.nan, np.nan
-    return out, lse, np.split(opened, list(accumulate(widths))[:-1], axis=1), own_list
+    return out, lse, opened, widths, own_list
 
 
 def _widths(nodes: list[int], chunks: int, method: Treecode) -> tuple[list[int], int]:
