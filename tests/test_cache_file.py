@@ -4,21 +4,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import Backend
-from hostile import entry, metadata, rewritten, with_settings
+from hostile import damaged, damaged_headers, entry, fill_disk, metadata, rewritten, with_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cache import ALONE, METHODS, Caches, N, arrays
+from test_cache import ALONE, EVERY, METHODS, Caches, N, arrays
 
 import opoch_xp as ox
-from opoch_xp import writing
 
 SAVED = ox.Treecode(block=8, fan=2, leaf=4, branch=2, top=2, group=4, open=2, near=1, own=1)
-HASHING = pytest.mark.dynamic_shapes
-EVERY = [pytest.param(name, marks=HASHING) if name == "lsh" else name for name in METHODS]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
@@ -80,11 +78,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def refused(folder: Path, contents: bytes, words: str | None = None) -> None:
-    path = folder / "bad.safetensors"
-    path.write_bytes(contents)
-    with pytest.raises(ValueError, match=words) as error:
-        ox.KVCache.load(path)
-    assert str(path) in str(error.value)
+    hostile.refused(folder, contents, words, ox.KVCache.load)
 
 
 def test_names_and_capacity(tmp_path: Path, saved: bytes) -> None:
@@ -107,11 +101,7 @@ def test_names_and_capacity(tmp_path: Path, saved: bytes) -> None:
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cache.safetensors"
     path.write_bytes(saved)
-
-    def full(descriptor: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(writing.os, "fsync", full)
+    fill_disk(monkeypatch)
     with pytest.raises(OSError, match="no space left"):
         small().save(path)
     assert path.read_bytes() == saved
@@ -121,16 +111,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeyp
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(data=st.data())
 def test_any_flipped_bit_and_any_truncation_is_refused(tmp_path: Path, saved: bytes, data: st.DataObject) -> None:
-    if data.draw(st.booleans()):
-        refused(tmp_path, saved[: data.draw(st.integers(0, len(saved) - 1))])
-    else:
-        place, bit = data.draw(st.integers(0, len(saved) - 1)), data.draw(st.integers(0, 7))
-        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1 << bit]) + saved[place + 1 :])
+    refused(tmp_path, damaged(data, saved))
 
 
 def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path, saved: bytes) -> None:
-    for place in range(8 + int.from_bytes(saved[:8], "little")):
-        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
+    for contents in damaged_headers(saved):
+        refused(tmp_path, contents)
 
 
 TREE = {"name": "Treecode", "block": 8, "fan": 2, "leaf": 4, "branch": 2, "top": 2, "group": 4, "open": 2, "near": 1}

@@ -1,20 +1,22 @@
 """Files of an index: what was saved comes back; whatever is done to a file, it is refused whole."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import Backend
-from hostile import entry, metadata, rewritten, with_settings
+from hostile import damaged, damaged_headers, entry, fill_disk, metadata, rewritten, with_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_index import lists, made, normal
 
 import opoch_xp as ox
-from opoch_xp import index_file, tensors, writing
+from opoch_xp import index_file, tensors
 
 pytestmark = pytest.mark.dynamic_shapes
 
@@ -87,11 +89,7 @@ def test_empty_but_once_filled(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, saved: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "index.safetensors"
     path.write_bytes(saved)
-
-    def full(descriptor: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(writing.os, "fsync", full)
+    fill_disk(monkeypatch)
     index = ox.LSHIndex(5)
     index.add(normal(0, 4, 5))
     with pytest.raises(OSError, match="no space left"):
@@ -134,28 +132,18 @@ def test_threads_that_save_to_one_name_leave_a_whole_file(tmp_path: Path) -> Non
 
 
 def refused(folder: Path, contents: bytes, words: str | None = None) -> None:
-    path = folder / "bad.safetensors"
-    path.write_bytes(contents)
-    for mmap in (False, True):
-        with pytest.raises(ValueError, match=words) as error:
-            ox.LSHIndex.load(path, mmap=mmap)
-        assert str(path) in str(error.value)
+    hostile.refused(folder, contents, words, ox.LSHIndex.load, partial(ox.LSHIndex.load, mmap=True))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(data=st.data())
 def test_any_flipped_bit_and_any_truncation_is_refused(tmp_path: Path, saved: bytes, data: st.DataObject) -> None:
-    if data.draw(st.booleans()):
-        refused(tmp_path, saved[: data.draw(st.integers(0, len(saved) - 1))])
-    else:
-        place, bit = data.draw(st.integers(0, len(saved) - 1)), data.draw(st.integers(0, 7))
-        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1 << bit]) + saved[place + 1 :])
+    refused(tmp_path, damaged(data, saved))
 
 
 def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path, saved: bytes) -> None:
-    length = 8 + int.from_bytes(saved[:8], "little")
-    for place in range(length):
-        refused(tmp_path, saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
+    for contents in damaged_headers(saved):
+        refused(tmp_path, contents)
 
 
 def test_the_checksum_can_be_made_right(tmp_path: Path, saved: bytes) -> None:
