@@ -295,16 +295,60 @@ def test_audit(backend: Backend) -> None:
 
 
 def test_nothing_depends_on_later_tokens_in_lsh(backend: Backend) -> None:
-    """The largest bucket is fixed, by the capacity where there is one."""
+    """The largest bucket is fixed, by the capacity where there is one: here all keys share one that is larger."""
     if backend.option != "numpy":
         pytest.skip("NumPy alone: the same driver for all")
-    q, k, v = (x[:1, :1] for x in arrays(1200))
-    method = ox.LSH(bits=1, tables=1)
+    _, k, v = (x[:1, :1] for x in arrays(1200))
+    k = 10 + 0.1 * k  # on one side of every hyperplane, or nearly
+    method = ox.LSH(bits=5, tables=1, center=False)  # by itself 256 keys at 700 tokens, 300 at 1,200
     for capacity in (None, 1200):
         one, many = (ox.KVCache(method, capacity) for _ in range(2))
-        out = one.prefill(q, k, v).out
+        out = one.prefill(k, k, v).out
         many.append(k[:, :, :700], v[:, :, :700])
-        assert_close(many.attend(q[:, :, 699:700]).out, out[:, :, 699:700], 1e-10, f"capacity={capacity}")
+        assert_close(many.attend(k[:, :, 699:700]).out, out[:, :, 699:700], 1e-10, f"capacity={capacity}")
+        assert one.attend(k[:, :, -1:]).report.rows["near"] == (256 if capacity is None else 300)
+
+
+def test_a_chunk_is_built_once(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token: by the token after it, and by no step; a chunk of the next tier then takes its place."""
+    q, k, v = (x[:1, :1, :140] for x in arrays())
+    caches, built = Caches(backend), []
+    caches.append(k[:, :, :1], v[:, :, :1])
+    store, build = caches.cache._store, caches.cache._store._built
+
+    def counted(rows: Any, tier: int) -> Any:
+        built.append((tier, len(caches.cache)))
+        return build(rows, tier)
+
+    monkeypatch.setattr(store, "_built", counted)
+    for i in range(1, 140):
+        caches.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        caches.attend(q[:, :, i : i + 1])
+    # a block of 16 by the token after it; the fourth makes a chunk of 64 instead
+    assert built == [(0, 16), (0, 32), (0, 48), (1, 64), (0, 80), (0, 96), (0, 112), (1, 128)]
+
+
+def test_sequences_of_several_lengths_keep_their_places(backend: Backend) -> None:
+    q, k, v = arrays(60, batch=4)
+    lengths = [60, 40, 40, 60]
+    caches = Caches(backend)
+    caches.append(k, v, np.arange(60) < np.array(lengths)[:, None])
+    out, lse = caches.attend(q[:, :, :2])
+    for b, n in enumerate(lengths):
+        queries = np.concatenate([q[b : b + 1, :, : n - 2], q[b : b + 1, :, :2]], axis=2)
+        expected = whole(backend, ALONE, queries, k[b : b + 1, :, :n], v[b : b + 1, :, :n])
+        same((out[b : b + 1], lse[b : b + 1]), tuple(x[:, :, -2:] for x in expected), f"sequence {b}")
+
+
+def test_a_query_that_is_not_finite_passes_for_none_that_sees_nothing(backend: Backend) -> None:
+    """Its logits are all -inf, as those of keys that are not seen."""
+    q, k, v = (x[:, :, :10] for x in arrays())
+    for method in (ALONE, ox.Exact()):
+        caches = Caches(backend, method)
+        caches.append(np.abs(k), v)
+        out, lse = caches.attend(np.full_like(q[:, :, :1], -np.inf))
+        assert np.isnan(out).all()
+        assert np.isnan(lse).all()
 
 
 def test_queries_that_are_not_finite(backend: Backend) -> None:

@@ -181,3 +181,12 @@ def test_the_checksum_can_be_made_right(tmp_path: Path, saved: bytes) -> None:
     path = tmp_path / "same.safetensors"
     path.write_bytes(rewritten(saved, lambda header: None))
     assert len(ox.KVCache.load(path)) == 45
+
+
+def test_an_order_that_names_a_row_twice(tmp_path: Path, saved: bytes) -> None:
+    start, held = 8 + int.from_bytes(saved[:8], "little"), {}
+    rewritten(saved, lambda header: held.update(header))
+    data = bytearray(saved[start:])
+    begin = held["0.0.order"]["data_offsets"][0]
+    data[begin : begin + 4] = data[begin + 4 : begin + 8]
+    refused(tmp_path, rewritten(saved, lambda header: None, bytes(data)), "must name every row of its chunk once")
