@@ -27,12 +27,14 @@ class ApproximationWarning(UserWarning):
 class Report:
     """What a call did: the method, why it was chosen, what it read and what it measured on the way.
 
-    reason: why the method was chosen. rows: rows a query read, mean, by part: "local" (exact, own block or all keys),
-    "far" (summaries of nodes), "near" (keys, for the whole group), "own" (keys, for the query). `read` holds the same
-    as arrays of the device where they are known there alone; asking for `rows` or `pairs` fetches them. method: None
-    where a compiler saw the call before it had a shape to choose by. exact_rows: rows exact attention would have read.
-    pairs: their share, which passes 1 where a method reads more than exact does. passes: every pass made over the
-    input. audit: of an automatic choice that was checked, or of the choice that tol made; else None.
+    reason: why the method was chosen. rows: rows a query read, mean, by part: of a treecode "local" (keys of its own
+    block), "sinks" (the first keys), "nodes" (summaries looked at) and "keys" (of the cells it read); of exact attention
+    "local"; of LSH "near" (keys) and "far" (mean fields). `read` holds the same as arrays of the device where they are
+    known there alone; asking for `rows` or `pairs` fetches them. method: None where a compiler saw the call before it
+    had a shape to choose by. exact_rows: rows exact attention would have read. pairs: their share, which passes 1 where
+    a method reads more than exact does. passes: every pass made over the input. audit: of an automatic choice that was
+    checked, or of the choice that tol made; else None. bounded: the share of the queries for which `most` of a Treecode
+    left something closed that it would have opened.
     """
 
     method: Method | None
@@ -41,6 +43,11 @@ class Report:
     exact_rows: float
     passes: tuple[str, ...]
     audit: Audit | None = None
+    met_bound: Any = 0.0
+
+    @property
+    def bounded(self) -> float:
+        return float(self.met_bound)
 
     @property
     def rows(self) -> dict[str, float]:
@@ -99,7 +106,7 @@ def attend(
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))
     >>> result = ox.attend(q, k, v, causal=True, method=ox.Treecode(block=32, leaf=4))
     >>> result.out.shape, result.lse.shape, sorted(result.report.rows)
-    ((2, 100, 8), (2, 100), ['far', 'local', 'near', 'own'])
+    ((2, 100, 8), (2, 100), ['keys', 'local', 'nodes', 'sinks'])
     """
     if method is not None and tol is not None:
         raise TypeError(f"give method or tol, not both; got method={method!r} and tol={tol!r}")
@@ -125,7 +132,7 @@ def attend(
     audit, solution, reason, chosen = None, None, "named by the caller", method is None
     if tol is not None:
         method, audit, solution = climb(problem, tol, tuple(q.shape[:-2]))
-        reason, passes = f"the cheapest rung of the ladder within tol={tol}", [rung.passes for rung in audit.ladder]
+        reason, passes = f"the cheapest that was tried within tol={tol}", [rung.passes for rung in audit.ladder]
     elif method is None:
         method, reason = choose(problem)
     assert method is not None  # by now
@@ -144,7 +151,7 @@ def attend(
         audit = _checked(problem, method, solution, q)
         passes.append(f"Exact() on {audit.rows} rows a head")
     exact = visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)
-    return Attention(out, lse, Report(method, reason, solution.rows, exact, tuple(passes), audit))
+    return Attention(out, lse, Report(method, reason, solution.rows, exact, tuple(passes), audit, solution.bounded))
 
 
 def _refuse(**options: Any) -> None:

@@ -10,11 +10,14 @@ from array_api_compat import array_namespace, device
 
 from opoch_xp.arguments import prepare
 from opoch_xp.audit import host_array
-from opoch_xp.backends.generic import tree as generic
-from opoch_xp.forest import KEYS, QUERIES, directions
+from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.methods import Method, Treecode
 from opoch_xp.problem import Problem
-from opoch_xp.tree import Tree, group_count, splits
+from opoch_xp.solve import solve
+from opoch_xp.treecode import law
+from opoch_xp.treecode.forest import Runs, State, Tier
+from opoch_xp.treecode.plan import level_plan
+from opoch_xp.treecode.tree import Lists, Tree
 
 Array = Any
 SHOWN = 8  # entries listed by str(); the rest is counted
@@ -24,8 +27,8 @@ SHOWN = 8  # entries listed by str(); the rest is counted
 class Entry:
     """What a query read as one row of its softmax: a key, or a node of the tree as one pseudo-key at its mean value.
 
-    part: "local" (its own block, or the keys after the last block), "near" (a cell that its group reads), "own" (a cell
-    of its own) or "far" (a node that was not opened); tier: number of the tier, None for local; keys: positions of the
+    part: "local" (its own block, or the keys after the last block), "sinks" (the first keys), "keys" (of cells that it
+    reads) or "nodes" (that were not opened); tier: number of the tier, None for local and sinks; keys: positions of the
     keys that it stands for; log_mass: its logit, for a node the estimated log of the sum over its keys; share: of the
     softmax; value (d_v,): the value, or mean value.
     """
@@ -99,18 +102,18 @@ def explain(
     """What row `row` of one head read under a Treecode: keys, cells and nodes, with their shares of the softmax.
 
     row: 0 to n_q - 1; head: a number, batch axes and query heads counted together in C order, or the tuple of their
-    indices. method: a Treecode, by default Treecode(). The other arguments as in `attend`. Trees and groups are
-    the backend's; the lists come from the generic kernel, which a plugin may differ from where two nodes weigh the same
-    to rounding.
+    indices. method: a Treecode, by default Treecode(). The other arguments as in `attend`. Trees, groups and what was
+    read before are the backend's; the lists come from the generic kernel, which a plugin may differ from where a node is
+    opened or not by a rounding.
 
-    Runs the row's own chunk of queries alone, in each tier: the others are not looked at. Cost: the trees of the chunks
-    that the row reads, and its chunk against them. Raises TypeError for a method that is no Treecode, IndexError for a
-    row or head that does not exist, ValueError for a row that is not finite, and what attend raises.
+    Cost: the method on the queries of the key head, and the row's group against its trees again. Raises TypeError for a
+    method that is no Treecode, IndexError for a row or head that does not exist, ValueError for a row that is not finite,
+    and what attend raises.
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))
-    >>> found = ox.explain(q, k, v, row=70, head=1, method=ox.Treecode(block=32, leaf=4), causal=True)
-    >>> round(sum(found.share(part) for part in ("local", "far", "near", "own")), 12)
+    >>> found = ox.explain(q, k, v, row=70, head=1, method=ox.Treecode(block=32, leaf=4, sinks=2), causal=True)
+    >>> round(sum(found.share(part) for part in ("local", "sinks", "keys", "nodes")), 12)
     1.0
     """
     method = Treecode() if method is None else method
@@ -120,16 +123,19 @@ def explain(
     index = _head(head, tuple(q.shape[:-2]))
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < problem.n_q:
         raise IndexError(f"row must be a whole number from 0 to {problem.n_q - 1}, got {row!r}")
-    one = _one_head(problem, int(np.ravel_multi_index(index, q.shape[:-2])) if index else 0)
-    query = host_array(one.q[0, 0, row, :])
+    number = int(np.ravel_multi_index(index, q.shape[:-2])) if index else 0
+    one, repeat = _key_head(problem, number)
+    query = host_array(one.q[0, repeat, row, :])
     if not np.isfinite(query).all():
         raise ValueError(f"row {row} of q must be finite: its output is not a number whatever it reads")
     position = row + problem.n_k - problem.n_q if causal else None
-    found = _local(one, method, query, position)
-    size, number = method.block, 0
-    while size <= problem.n_k and (position is None or position >= 0):
-        found += _tier(one, method, number, size, row, query)
-        size, number = size * method.fan, number + 1
+    found = _exact(one, method, query, position)
+
+    def watch(tier: Tier, tree: Tree, runs: Runs, groups: Array, state: State) -> None:
+        if runs.rows.start <= row < runs.rows.stop:
+            found.extend(_tier(one, method, query, (repeat, row), tier, tree, runs, groups, state))
+
+    solve(one, method, watch)
     return _explanation(found, row, index, position, method, problem.v.shape[-1])
 
 
@@ -144,110 +150,119 @@ def _head(head: object, lead: tuple[int, ...]) -> tuple[int, ...]:
     raise IndexError(f"head must be a number below {prod(lead)} or indices into the axes {lead}, got {head!r}")
 
 
-def _one_head(problem: Problem, head: int) -> Problem:
-    """The problem of one query head, batch 1 and repeat 1."""
+def _key_head(problem: Problem, head: int) -> tuple[Problem, int]:
+    """The problem of the key head of a query head, batch 1, and the number of the query head among its own."""
     b, r = divmod(head, problem.q.shape[1])
     mask = None if problem.mask is None else problem.mask[b : b + 1, :]
-    q, k, v = problem.q[b : b + 1, r : r + 1, :, :], problem.k[b : b + 1, :, :], problem.v[b : b + 1, :, :]
-    return Problem(problem.xp, problem.kernels, q, k, v, mask, problem.causal, problem.scale)
+    q, k, v = problem.q[b : b + 1, :, :, :], problem.k[b : b + 1, :, :], problem.v[b : b + 1, :, :]
+    return Problem(problem.xp, problem.kernels, q, k, v, mask, problem.causal, problem.scale), r
 
 
 Found = tuple[str, int | None, np.ndarray, float, np.ndarray]  # part, tier, keys, log mass, value
 
 
-def _local(one: Problem, method: Treecode, query: np.ndarray, position: int | None) -> list[Found]:
-    """The kept keys of the query's own block up to its position; not causal, of those after the last block."""
+def _exact(one: Problem, method: Treecode, query: np.ndarray, position: int | None) -> list[Found]:
+    """What is read exactly beside the trees: the kept keys of the query's own block up to its position, or, not causal,
+    of those after the last block; and the sinks before them."""
     start, stop = one.n_k // method.block * method.block, one.n_k
     if position is not None:
         start, stop = max(0, position // method.block * method.block), max(0, position + 1)
-    keys, values = (host_array(a[0, start:stop, :]) for a in (one.k, one.v))
-    kept = np.ones(stop - start) if one.mask is None else host_array(one.mask[0, start:stop])
-    logits = one.scale * (keys @ query)
-    return [("local", None, np.array([start + i]), logits[i], values[i]) for i in np.flatnonzero(kept)]
+    kept = np.ones(one.n_k, bool) if one.mask is None else host_array(one.mask[0, :]) > 0
+    sinks = np.flatnonzero(kept)[: method.sinks]
+    found: list[Found] = []
+    for part, keys in (("local", start + np.flatnonzero(kept[start:stop])), ("sinks", sinks[sinks < start])):
+        if position is not None and position < 0:
+            break
+        rows, values = (_rows(x[0, :, :], keys) for x in (one.k, one.v))
+        logits = one.scale * (rows @ query)
+        found += [(part, None, keys[i : i + 1], logits[i], values[i]) for i in range(len(keys))]
+    return found
 
 
-def _tier(one: Problem, method: Treecode, number: int, size: int, row: int, query: np.ndarray) -> list[Found]:
-    """What the query reads of one tier of chunks of `size` keys: nothing where its chunk has no earlier sibling."""
-    xp, shift = one.xp, one.n_q - one.n_k
-    chunk = (row - shift) // size if one.causal else one.n_k // size
-    first, count = chunk // method.fan * method.fan, chunk % method.fan
+def _rows(array: Array, index: np.ndarray) -> np.ndarray:
+    """Rows of an array (rows, width), on the host."""
+    xp = array_namespace(array)
+    return host_array(xp.take(array, xp.asarray(index, device=device(array)), axis=0))
+
+
+def _tier(
+    one: Problem, method: Treecode, query: np.ndarray, place: tuple[int, int], tier: Tier, tree: Tree,
+    runs: Runs, groups: Array, state: State,
+) -> Iterator[Found]:  # fmt: skip
+    """What the query at `place`, query head and row, reads of one tier."""
+    xp, (repeat, row) = one.xp, place
+    queries, seen = runs.of_queries(xp, one.q), runs.of_queries(xp, state[1])
+    number = repeat * (runs.rows.stop - runs.rows.start) + row - runs.rows.start
+    task, inside = divmod(number, queries.shape[1])
+    first, count = int(runs.first[task]), int(runs.count[task])
     if not count:
-        return []
-    rows = slice(0, one.n_q)
-    if one.causal:
-        rows = slice(max(0, chunk * size + shift), min((chunk + 1) * size, one.n_k) + shift)
-    queries, keys = one.q[0, :, rows, :], slice(first * size, chunk * size)
-    axes = [
-        directions(method.seed, number, stream, splits(length, cell), one.q.shape[3])
-        for stream, length, cell in ((KEYS, size, method.leaf), (QUERIES, queries.shape[1], method.group))
-    ]
-    tree = one.kernels.build_tree(
-        xp.reshape(one.k[0, keys, :], (count, size, one.k.shape[2])),
-        xp.reshape(one.v[0, keys, :], (count, size, one.v.shape[2])),
-        axes[0],
-        method,
-        mask=None if one.mask is None else xp.reshape(one.mask[0, keys], (count, size)),
-    )
-    groups = one.kernels.query_groups(queries, axes[1], method)
-    run = np.array([0]), np.array([count])
-    lists = generic.tree_lists(queries, tree, *run, axes[1], method, scale=one.scale, groups=groups)
-    members = host_array(groups[0, :])
-    group, place = divmod(
-        int(np.argmax(members == row - rows.start)), len(members) // group_count(queries.shape[1], method.group)
-    )
-    opened = [host_array(level[group, :]).astype(np.int64) for level in lists.opened]
-    own = np.setdiff1d(host_array(lists.own[group, place, :]), opened[-1]).astype(
-        np.int64
-    )  # masked cells weigh as little
-    reading = _Reading(tree, query, one.scale, number, first * size)
-    return [*reading.far(opened, own), *reading.cells("near", opened[-1]), *reading.cells("own", own)]
+        return
+    members = host_array(groups[task, :]).astype(np.int64)
+    size = min(method.group, queries.shape[1])
+    group, seat = divmod(int(np.argmax(members == inside)), size)
+    rows = members[group * size : (group + 1) * size]
+    rows = rows[rows < queries.shape[1]]
+    index = xp.asarray(rows, device=device(queries))
+    lists = tree_lists(
+        xp.take(queries[task : task + 1, :, :], index, axis=1), tree, np.array([first]), np.array([count]),
+        xp.asarray(np.arange(len(rows))[None], device=device(queries)), method, scale=one.scale,
+        seen=xp.take(seen[task : task + 1, :], index, axis=1),
+    )  # fmt: skip
+    base = (first + tier.low) * tier.size  # position of the first key that the task reads: one key head
+    reading = _Reading(tree, query, one.scale, tier.number, first, base - first * tier.size)
+    yield from reading.all(lists, seat, count, level_plan(tier.size, method).nodes)
 
 
 class _Reading:
-    """Lookups in the tree of one run of chunks, whose first key stands at position `base`, for one query."""
+    """Lookups in the tree of a run of chunks from number `first` on, whose chunk 0 begins at position `base`."""
 
-    def __init__(self, tree: Tree, query: np.ndarray, scale: float, tier: int, base: int) -> None:
-        self.tree, self.query, self.scale, self.tier = tree, query, scale, tier
+    def __init__(self, tree: Tree, query: np.ndarray, scale: float, tier: int, first: int, base: int) -> None:
+        self.tree, self.query, self.scale, self.tier, self.first = tree, query, scale, tier, first
         order = host_array(tree.order).astype(np.int64)
         self.positions = (base + order + np.arange(len(order))[:, None] * order.shape[1]).reshape(-1)
         self.kept = np.ones(order.size, bool) if tree.kept is None else host_array(tree.kept).reshape(-1) > 0
 
-    def rows(self, array: Array, index: np.ndarray) -> np.ndarray:
-        """Rows of an array (chunks, rows, width), rows of all chunks counted together, on the host."""
-        xp = array_namespace(array)
-        flat = xp.reshape(array, (-1, array.shape[2]))
-        return host_array(xp.take(flat, xp.asarray(index, device=device(array)), axis=0))
+    def all(self, lists: Lists, seat: int, count: int, nodes: tuple[int, ...]) -> Iterator[Found]:
+        """What the query at a seat of the one group of `lists` reads of `count` chunks, of nodes[level] nodes each."""
+        opened = [host_array(level[0, :]).astype(np.int64) for level in lists.opened]
+        cells, reads = host_array(lists.cells[0, :]).astype(np.int64), host_array(lists.reads[0, seat, :]) > 0
+        opened.append(cells[reads & (cells >= 0)])
+        candidates = np.arange(count * nodes[-1])
+        for level, taken in zip(range(len(nodes) - 1, -1, -1), opened, strict=True):
+            taken = taken[taken >= 0]
+            yield from self.closed(level, np.setdiff1d(candidates, taken) + self.first * nodes[level])
+            if level:
+                children = nodes[level - 1] // nodes[level]
+                candidates = (taken[:, None] * children + np.arange(children)).reshape(-1)
+        yield from self.keys_of(opened[-1] + self.first * nodes[0])
 
     def keys(self, node: int, size: int) -> np.ndarray:
         """Positions of the kept keys of a node of `size` keys."""
         rows = slice(node * size, (node + 1) * size)
         return np.sort(self.positions[rows][self.kept[rows]])
 
-    def far(self, opened: list[np.ndarray], own: np.ndarray) -> Iterator[Found]:
-        """The nodes that neither the group opened nor the query reads key by key, level by level from the coarsest."""
-        dim, levels = self.tree.dim, range(len(self.tree.sizes) - 1, -1, -1)
-        candidates = np.arange(self.tree.summaries[-1].shape[0] * self.tree.summaries[-1].shape[1])
-        for level, taken in zip(levels, opened, strict=True):
-            rest = np.setdiff1d(candidates, taken if level else np.concatenate([taken, own]))
-            size = self.tree.sizes[level]
-            rows, keys = self.rows(self.tree.summaries[level], rest), [self.keys(node, size) for node in rest.tolist()]
-            sigma2 = rows[:, dim : 2 * dim] @ self.query**2 * self.scale**2
-            count = np.array([float(len(found)) for found in keys])
-            mass = generic.log_mass(self.scale * (rows[:, :dim] @ self.query), sigma2, count)
-            for i in np.flatnonzero(count):
-                yield "far", self.tier, keys[i], mass[i], rows[i, 2 * dim :]
-            if level:
-                children = size // self.tree.sizes[level - 1]
-                candidates = (taken[:, None] * children + np.arange(children)).reshape(-1)
+    def flat(self, array: Array) -> Array:
+        """An array (chunks, rows, width) as (chunks * rows, width)."""
+        return array_namespace(array).reshape(array, (-1, array.shape[2]))
 
-    def cells(self, part: str, cells: np.ndarray) -> Iterator[Found]:
-        """The kept keys of the cells, one by one."""
+    def closed(self, level: int, nodes: np.ndarray) -> Iterator[Found]:
+        """Nodes of a level, each as one key."""
+        dim, size = self.tree.dim, self.tree.sizes[level]
+        rows, keys = _rows(self.flat(self.tree.summaries[level]), nodes), [self.keys(i, size) for i in nodes.tolist()]
+        sigma2 = rows[:, dim : 2 * dim] @ self.query**2 * self.scale**2
+        count = np.array([float(len(found)) for found in keys])
+        mass = law.log_mass(self.scale * (rows[:, :dim] @ self.query), sigma2, count)
+        for i in np.flatnonzero(count):
+            yield "nodes", self.tier, keys[i], mass[i], rows[i, 2 * dim :]
+
+    def keys_of(self, cells: np.ndarray) -> Iterator[Found]:
+        """The kept keys of cells, one by one."""
         index = (cells[:, None] * self.tree.leaf + np.arange(self.tree.leaf)).reshape(-1)
         index = index[self.kept[index]]
-        rows = self.rows(self.tree.cells, index)
+        rows = _rows(self.flat(self.tree.cells), index)
         logits = self.scale * (rows[:, : self.tree.dim] @ self.query)
         for i, place in enumerate(index):
-            yield part, self.tier, self.positions[place : place + 1], logits[i], rows[i, self.tree.dim :]
+            yield "keys", self.tier, self.positions[place : place + 1], logits[i], rows[i, self.tree.dim :]
 
 
 def _explanation(

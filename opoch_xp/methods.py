@@ -1,7 +1,8 @@
 """Methods: frozen dataclasses that say how attention is computed. Values: print, hash, compare, put in a table."""
 
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -72,50 +73,72 @@ class Treecode:
 
     Keys are split into cells of `leaf` keys by hyperplanes at the median of each node's principal axis, in chunks of
     `block`, `block * fan`, `block * fan**2`, ... keys; `branch` cells make a parent, up to at most `top` nodes a chunk.
-    Queries go in groups of `group` that are close in space: a group opens its `open` heaviest nodes a level and reads
-    its `near` heaviest cells key by key; each query then reads its `own` best cells of those left. Every node not
-    opened is one pseudo-key at its mean value, with the log mass of a Gaussian cloud of keys (random-energy model).
+    A node stands for its keys as one pseudo-key at their mean value, with the log mass that as many normal logits of
+    its mean and variance have on average.
 
-    The weights of a query come from its past alone, but which cells it reads may depend on later queries of its chunk,
-    since a group shares its lists. `group=1` shares nothing: an output then never changes when later tokens do.
+    `rtol` in [0, 1) says how exact: a node that may hold more than rtol / sqrt(nodes where the walk begins) of a query's
+    mass is opened, a cell that may is read key by key. It is of the size of the error, which grows and falls with it;
+    0 is exact attention. `least` nodes of each level of large nodes, where clusters may hide, are opened whatever they
+    hold. The first `sinks` keys are read exactly by every query that sees them: models put the mass of many heads there.
 
-    `iterations` power iterations find each axis, from a direction drawn with `seed`; 0 keeps that direction.
+    Queries go in groups of `group` that are close in space, and a group opens what any of its queries wants: which nodes
+    a query sees as one may depend on later queries of its chunk. `group=1` shares nothing: an output then never changes
+    when later tokens do. `most` bounds the nodes a group opens of a level and the cells it reads, the heaviest first;
+    None: no bound, or 128 where shapes must be static (under jax.jit). `iterations` power iterations find each axis,
+    from a direction drawn with `seed`; 0 keeps that direction.
 
-    Cost: about block / 2 + tiers * (fan * top / 2 + levels * open * branch + (near + own) * leaf) dot products a query,
-    O(N log N) in all; O(N) memory. Raises ValueError for parameters that do not fit together. Source: Barnes and Hut, A
-    hierarchical O(N log N) force-calculation algorithm, 1986; Derrida, Random-energy model, 1981.
+    Cost: see docs/mathematics.md; on heads of a pretrained model some hundreds of rows a query beside its own block at
+    8,192 tokens, some thousands at a million. O(N) memory. Raises ValueError for parameters that do not fit together.
+    Source: Barnes and Hut, A hierarchical O(N log N) force-calculation algorithm, 1986; Derrida, Random-energy model,
+    1981.
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1000, 8))
-    >>> method = ox.Treecode(block=64, leaf=4, open=8, near=4)
+    >>> method = ox.Treecode(rtol=0.2, block=64, leaf=4)
     >>> ox.attend(q, k, v, causal=True, method=method).report.pairs < 0.8
     True
     """
 
+    rtol: float = 0.05
+    sinks: int = 16
     block: int = 2048
     fan: int = 16
     leaf: int = 16
     branch: int = 8
     top: int = 16
     group: int = 64
-    open: int = 64
-    near: int = 32
-    own: int = 4
+    least: int = 32
+    most: int | None = None
     iterations: int = 4
     seed: int = 0
 
+    def __new__(cls, *given: Any, **named: Any) -> "Treecode":
+        old = [name for name in OLD if name in named]
+        if old:
+            raise TypeError(
+                f"Treecode has no parameter {old[0]!r}: how much is opened follows from rtol, the accuracy asked for;"
+                f" got {old[0]}={named[old[0]]!r}"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for name in ("block", "leaf", "top", "group", "open"):
+        if isinstance(self.rtol, bool) or not isinstance(self.rtol, Real) or not 0 <= float(self.rtol) < 1:
+            raise ValueError(f"rtol must be a number of at least 0 and below 1, got {self.rtol!r}")
+        for name in ("block", "leaf", "top", "group"):
             check_whole(name, getattr(self, name), 1)
         for name in ("fan", "branch"):
             check_whole(name, getattr(self, name), 2)
-        for name in ("near", "own", "iterations", "seed"):
+        for name in ("sinks", "least", "iterations", "seed"):
             check_whole(name, getattr(self, name), 0)
+        if self.most is not None:
+            check_whole("most", self.most, 1)
         if self.block % self.leaf or not _power_of_two(self.block // self.leaf):
             raise ValueError(f"block / leaf must be a power of two, got block={self.block} and leaf={self.leaf}")
         for name in ("fan", "branch"):
             if not _power_of_two(getattr(self, name)):
                 raise ValueError(f"{name} must be a power of two, got {name}={getattr(self, name)}")
 
+
+OLD = ("open", "near", "own")  # budgets of the first form of the treecode
 
 Method = Exact | LSH | Treecode

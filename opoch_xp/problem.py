@@ -60,9 +60,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), and the rows read per query by part (mean): numbers,
-    or arrays of no axes where only the device knows them."""
+    """out (batch, repeat, n_q, d_v) and lse (batch, repeat, n_q), the rows read per query by part (mean), and the share
+    of the queries for which a bound of the method left something out: numbers, or arrays of no axes where only the
+    device knows them."""
 
     out: Array
     lse: Array
     rows: dict[str, Any] = field(default_factory=dict)
+    bounded: Any = 0.0

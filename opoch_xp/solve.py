@@ -8,7 +8,7 @@ import numpy as np
 from array_api_compat import device
 
 from opoch_xp.cost import predicted, visible_pairs
-from opoch_xp.forest import attend_treecode
+from opoch_xp.treecode.forest import Watch, attend_treecode
 from opoch_xp.lsh import attend_buckets
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution, nothing_seen
@@ -36,18 +36,23 @@ def check_method(method: object) -> None:
         raise TypeError(f"method must be one of {names}, got {method!r}")
 
 
-def solve(problem: Problem, method: Method) -> Solution:
-    """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays."""
+def solve(problem: Problem, method: Method, watch: Watch | None = None) -> Solution:
+    """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays.
+
+    watch: of attend_treecode, for a Treecode.
+    """
     xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
     here = device(problem.q)
     if 0 in lead:
         return Solution(*nothing_seen(xp, lead, width, problem.dtype, here))
     if width == 0:  # the lse is still wanted
         solution = solve(
-            replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), dtype=problem.v.dtype, device=here)), method
+            replace(problem, v=xp.zeros((*problem.v.shape[:2], 1), dtype=problem.v.dtype, device=here)), method, watch
         )
         return replace(solution, out=solution.out[..., :0])
     with np.errstate(all="ignore"):  # infinite logits are meant, and what is not finite is seen in the output
+        if isinstance(method, Treecode):
+            return attend_treecode(problem, method, watch)
         return _SOLVERS[type(method)](problem, method)
 
 

@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 GROUP = "opoch_xp.backends"
-API_VERSION = 1  # grows when a plugin written before would break or compute wrong: another signature, value or meaning
+API_VERSION = 2  # grows when a plugin written before would break or compute wrong: another signature, value or meaning
 KERNELS = (
     "exact_attention",
     "hash_codes",

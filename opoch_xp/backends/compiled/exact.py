@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.backends.compiled.plain import plain
-from opoch_xp.backends.compiled.vector import ROWS, VECTOR, compiled, dots, exponential, mix
+from opoch_xp.backends.compiled.products import ROWS, dots, mix
+from opoch_xp.backends.compiled.vector import VECTOR, compiled, exponential
 from opoch_xp.threads import share
 
 Array = Any

@@ -20,9 +20,11 @@ NONE = np.zeros(0, bool)  # stands for no mask
 
 @compiled
 def _axis(
-    x: Array, kept: Array, order: Array, base: int, start: Array, iterations: int, sample: Array, axis: Array
-) -> None:
-    """Principal axis, of any length, of the rows x[base + order] by power iteration from `start`, into `axis`."""
+    x: Array, kept: Array, order: Array, base: int, start: Array, stretch: Array, iterations: int, sample: Array,
+    axis: Array,
+) -> None:  # fmt: skip
+    """What rows x[base + order] are projected on, into `axis`: the principal axis of the stretched rows, of any length,
+    by power iteration from `start`, stretched itself."""
     dim, size = x.shape[1], order.size
     step = max(1, size // SAMPLE)
     count = 0
@@ -33,7 +35,7 @@ def _axis(
                 sample[count, c] = x[row, c]
             count += 1
     for c in range(dim):
-        axis[c] = start[c]
+        axis[c] = start[c] * stretch[c]
     if iterations == 0:
         return
     mean = sample[sample.shape[0] - 1]  # the row after the last that a sample can fill
@@ -56,6 +58,8 @@ def _axis(
                 dot += row[c] * axis[c]
             for c in range(dim):
                 total[c] += dot * row[c]
+        for c in range(dim):
+            total[c] *= stretch[c] * stretch[c]
         largest = abs(total[0])
         for c in range(1, dim):
             largest = max(largest, abs(total[c]))
@@ -69,12 +73,12 @@ def _axis(
 
 @compiled
 def _split(
-    x: Array, kept: Array, order: Array, base: int, start: Array, iterations: int, sample: Array, axis: Array,
-    projections: Array, upper: Array,
+    x: Array, kept: Array, order: Array, base: int, start: Array, stretch: Array, iterations: int, sample: Array,
+    axis: Array, projections: Array, upper: Array,
 ) -> None:  # fmt: skip
     """Bring the lower half of a node's rows to the front of `order`; ties, and order within a half, by place."""
     dim, size = x.shape[1], order.size
-    _axis(x, kept, order, base, start, iterations, sample, axis)
+    _axis(x, kept, order, base, start, stretch, iterations, sample, axis)
     for i in range(size):
         number = base + order[i]
         row = x[number]
@@ -106,11 +110,12 @@ def _split(
 
 @compiled
 def _split_nodes(
-    x: Array, kept: Array, nodes: Array, low: int, high: int, each: int, n: int, axes: Array, iterations: int
-) -> None:
+    x: Array, kept: Array, nodes: Array, low: int, high: int, each: int, n: int, axes: Array, stretch: Array,
+    iterations: int,
+) -> None:  # fmt: skip
     """Split the nodes from low to high, and their halves, for every start in `axes`; nodes (count, size) in place.
 
-    `each` nodes belong to one task of n rows.
+    `each` nodes belong to one task of n rows, which are stretched by stretch (tasks, d).
     """
     size, dim = nodes.shape[1], x.shape[1]
     sample = np.empty((2 * SAMPLE + 1, dim), x.dtype)
@@ -121,10 +126,14 @@ def _split_nodes(
             width = size >> level
             for first in range(0, size, width):
                 part = order[first : first + width]
-                _split(x, kept, part, base, axes[level], iterations, sample, axis, projections, upper)
+                _split(
+                    x, kept, part, base, axes[level], stretch[node // each], iterations, sample, axis, projections, upper
+                )
 
 
-def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None, workers: int) -> Array:
+def principal_order(
+    x: Array, axes: Any, iterations: int, kept: Array | None, stretch: Array | None = None, *, workers: int
+) -> Array:
     """See opoch_xp.backends.generic.tree.principal_order. An axis is found from a sample of a node's rows.
 
     Within a cell rows keep their order. Cost: a row and level some dot products and a read of the row.
@@ -132,18 +141,19 @@ def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None, wo
     tasks, n, dim = x.shape
     flat, starts = plain(x).reshape(-1, dim), plain(np.asarray(axes, x.dtype)).reshape(-1, dim)
     mask = NONE if kept is None else plain(kept).reshape(-1)
+    factors = np.ones((tasks, dim), x.dtype) if stretch is None else plain(np.asarray(stretch, x.dtype))
     order = np.tile(np.arange(n), (tasks, 1))
     level, whole = 0, len(starts)
     while level < whole and tasks << level < 2 * workers and n >> level > TASK:  # few large nodes: one level at a time
-        _each_node(flat, mask, order, starts[level : level + 1], level, iterations, workers)
+        _each_node(flat, mask, order, starts[level : level + 1], level, factors, iterations, workers)
         level += 1
     if level < whole:
-        _each_node(flat, mask, order, starts[level:], level, iterations, workers)
+        _each_node(flat, mask, order, starts[level:], level, factors, iterations, workers)
     return order
 
 
 def _each_node(
-    flat: Array, mask: Array, order: Array, starts: Array, level: int, iterations: int, workers: int
+    flat: Array, mask: Array, order: Array, starts: Array, level: int, stretch: Array, iterations: int, workers: int
 ) -> None:
     """Split all nodes of a level for every start, over the threads."""
     tasks, n = order.shape
@@ -153,6 +163,6 @@ def _each_node(
 
     def work(first: int) -> None:
         last = min(first + together, nodes)
-        _split_nodes(flat, mask, runs, first, last, 1 << level, n, starts, iterations)
+        _split_nodes(flat, mask, runs, first, last, 1 << level, n, starts, stretch, iterations)
 
     share(work, range(0, nodes, together), workers)

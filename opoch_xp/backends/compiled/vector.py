@@ -1,17 +1,13 @@
-"""What the compiled kernels are made of: exponentials, and products of rows named by an index.
+"""Machine code and its vectors: what functions of compiled code are made of that write their instructions themselves.
 
-A product holds 4 rows by one or two vectors of 64 bytes in registers while it runs along the other axis, as matrix
-libraries do; but rows are read where they lie, through an index, so that nothing is gathered first. Queries are the
-contiguous axis, a multiple of `lanes`. Sums may be taken in another order than written (`reassoc`, `contract`);
-infinities and NaN keep their meaning.
-
-Measured, one core of an Intel Xeon with AVX-512, float32, 512 rows of 64 against 128 queries: 155 billion operations a
-second, 153 against 64, 146 against 32, where OpenBLAS has 115 to 133 on rows that are gathered already; the same
-written as loops for the compiler to turn into vectors, 50 to 85. Exponentials: .28 ns a number, numpy.exp .34.
+A vector is 64 bytes, 16 numbers of float32 or 8 of float64, whatever the processor's registers hold; LLVM cuts it to
+their size. Sums may be taken in another order than written (`reassoc`, `contract`); infinities and NaN keep their
+meaning.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -24,20 +20,25 @@ from numba.extending import intrinsic, overload
 Array = Any
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp"}
-ROWS = 4  # of a block of a product
-AHEAD = 4  # rows asked for before they are needed, at the least,
-QUEUE = (
-    256  # and so many that they take products with as many numbers: of few queries a row is done before the next comes
-)
-MIXED = 64  # rows mixed at a time: their weights for 128 queries are 32 kB, of the first cache
 VECTOR = 64  # bytes
 LOWEST = -80.0  # exp of less counts as zero: no denormal numbers, which cost a hundred times as much
+HIGHEST = 88.0  # exp of more is infinite in float32
 WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))  # registers for two vectors a row
+# e**x = 2**n e**r, |r| <= ln 2 / 2: a polynomial in r, Cephes' expf, S. L. Moshier, 1992
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+LN2 = (0.693359375, -2.12194440e-4)  # in two parts
+# ln x = n ln 2 + ln m, 1 <= m < 2: the polynomial of degree four in m through Chebyshev's points
+LOG = (-0.0543709336, 0.433932442, -1.44059216, 2.79283652, -1.73172644)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Machine code for the processor at hand, which runs without the interpreter's lock and is kept on disk."""
     return njit(cache=True, nogil=True, error_model="numpy", fastmath=FLAGS)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, made a part of every function that calls it: a call counts its arrays, which takes longer than a cell."""
+    return njit(inline="always", nogil=True, error_model="numpy", fastmath=FLAGS)(function)
 
 
 def lanes(dtype: Any) -> int:
@@ -50,14 +51,173 @@ def emitted(function: Callable[..., Any]) -> Any:
     return intrinsic(function)
 
 
-@emitted
-def _as_float(typing: Any, bits: Any) -> Any:
-    """The float32 whose bits are those of an int32."""
+class Vectors:
+    """Instructions on vectors of `real`, numba's float32 or float64, written at the end of a builder."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+    def __init__(self, context: Any, builder: Any, real: Any) -> None:
+        self.context, self.builder = context, builder
+        self.size = real.bitwidth // 8
+        self.width = VECTOR // self.size
+        self.real = context.get_value_type(real)
+        self.kind = ir.VectorType(self.real, self.width)
+        self.whole = context.get_value_type(types.intp)
 
-    return types.float32(types.int32), generate
+    def number(self, value: int) -> Any:
+        """A whole number as the machine indexes with."""
+        return ir.Constant(self.whole, value)
+
+    def arrays(self, signature: Any, arguments: Any, *places: int) -> list[Any]:
+        """The arrays among the arguments of a call, by their place."""
+        made = self.context.make_array
+        return [made(signature.args[place])(self.context, self.builder, arguments[place]) for place in places]
+
+    def at(self, array: Any, *index: Any) -> Any:
+        """Where the number stands at an index of a C-contiguous array of one axis or two."""
+        place = index[0]
+        if len(index) == 2:
+            stride = self.builder.extract_value(array.shape, 1)
+            place = self.builder.add(self.builder.mul(index[0], stride), index[1])
+        return self.builder.gep(array.data, [place])
+
+    def load(self, pointer: Any, vectors: int = 0) -> Any:
+        """The vector that begins so many vectors after a place."""
+        return self.builder.load(self._cast(pointer, vectors), align=self.size)
+
+    def store(self, value: Any, pointer: Any, vectors: int = 0) -> None:
+        self.builder.store(value, self._cast(pointer, vectors), align=self.size)
+
+    def _cast(self, pointer: Any, vectors: int) -> Any:
+        if vectors:
+            pointer = self.builder.gep(pointer, [self.number(vectors * self.width)])
+        return self.builder.bitcast(pointer, self.kind.as_pointer())
+
+    def constant(self, value: float) -> Any:
+        return ir.Constant(self.kind, [value] * self.width)
+
+    def spread(self, one: Any) -> Any:
+        """A number in every place."""
+        nothing, first = ir.Constant(self.kind, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+        return self.shuffled(self.builder.insert_element(nothing, one, first), nothing, [0] * self.width)
+
+    def shuffled(self, a: Any, b: Any, places: list[int]) -> Any:
+        """The numbers of a, and after them of b, at these places."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places))
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self.builder.fadd(a, b)
+
+    def sub(self, a: Any, b: Any) -> Any:
+        return self.builder.fsub(a, b)
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return self.builder.fmul(a, b)
+
+    def div(self, a: Any, b: Any) -> Any:
+        return self.builder.fdiv(a, b)
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """The larger of each two numbers; b where one is NaN."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def smaller(self, a: Any, b: Any) -> Any:
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c."""
+        return self._call("fma", a, b, c)
+
+    def sqrt(self, a: Any) -> Any:
+        return self._call("sqrt", a)
+
+    def _call(self, name: str, *given: Any) -> Any:
+        kind = ir.FunctionType(self.kind, [self.kind] * len(given))
+        full = f"llvm.{name}.v{self.width}f{8 * self.size}"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, full), given)
+
+    def sum(self, a: Any) -> Any:
+        """The sum of a vector's numbers."""
+        return self._across(a, self.add)
+
+    def largest(self, a: Any) -> Any:
+        return self._across(a, self.larger)
+
+    def _across(self, a: Any, both: Callable[[Any, Any], Any]) -> Any:
+        step = self.width // 2
+        while step:
+            a = both(a, self.shuffled(a, a, [(i + step) % self.width for i in range(self.width)]))
+            step //= 2
+        return self.builder.extract_element(a, ir.Constant(ir.IntType(32), 0))
+
+    def exponential(self, x: Any) -> Any:
+        """See `exponential`."""
+        if self.size == 8:
+            return self._each("exp", x)
+        builder, integers = self.builder, ir.VectorType(ir.IntType(32), self.width)
+        y = self.smaller(self.larger(x, self.constant(LOWEST)), self.constant(HIGHEST))
+        n = self._call("floor", self.fma(y, self.constant(1.44269504), self.constant(0.5)))
+        r = self.fma(n, self.constant(-LN2[0]), y)
+        r = self.fma(n, self.constant(-LN2[1]), r)
+        p = self.constant(EXP[0])
+        for coefficient in EXP[1:]:
+            p = self.fma(p, r, self.constant(coefficient))
+        p = self.add(self.fma(self.mul(p, r), r, r), self.constant(1.0))
+        bits = builder.add(builder.fptosi(n, integers), ir.Constant(integers, [127] * self.width))
+        power = builder.bitcast(builder.shl(bits, ir.Constant(integers, [23] * self.width)), self.kind)
+        low = builder.fcmp_unordered("<", x, self.constant(LOWEST))  # or NaN, which stays
+        nothing = builder.select(builder.fcmp_ordered("<", x, self.constant(LOWEST)), self.constant(0.0), x)
+        return builder.select(low, nothing, self.mul(p, power))
+
+    def logarithm(self, x: Any) -> Any:
+        """See `logarithm`."""
+        if self.size == 8:
+            return self._each("log", x)
+        builder, integers = self.builder, ir.VectorType(ir.IntType(32), self.width)
+
+        def whole(value: int) -> Any:
+            return ir.Constant(integers, [value] * self.width)
+
+        bits = builder.bitcast(x, integers)
+        n = builder.sitofp(builder.sub(builder.ashr(bits, whole(23)), whole(127)), self.kind)
+        m = builder.bitcast(builder.or_(builder.and_(bits, whole(0x007FFFFF)), whole(0x3F800000)), self.kind)
+        p = self.constant(LOG[0])
+        for coefficient in LOG[1:]:
+            p = self.fma(p, m, self.constant(coefficient))
+        return self.fma(n, self.constant(math.log(2)), p)
+
+    def _each(self, name: str, x: Any) -> Any:
+        """A function of one number, of every number of a vector."""
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.real, [self.real]), f"llvm.{name}.f{8 * self.size}"
+        )
+        for i in range(self.width):
+            place = ir.Constant(ir.IntType(32), i)
+            one = self.builder.call(function, [self.builder.extract_element(x, place)])
+            x = self.builder.insert_element(x, one, place)
+        return x
+
+    def variable(self, value: Any) -> Any:
+        """A vector or number that changes: `get` and `set` read and write it."""
+        place = cgutils.alloca_once(self.builder, value.type)
+        self.builder.store(value, place)
+        return place
+
+    def get(self, variable: Any) -> Any:
+        return self.builder.load(variable)
+
+    def set(self, variable: Any, value: Any) -> None:
+        self.builder.store(value, variable)
+
+    @contextmanager
+    def each(self, count: Any) -> Iterator[Any]:
+        """A loop over whole numbers below count."""
+        with cgutils.for_range(self.builder, count) as loop:
+            yield loop.index
+
+    @contextmanager
+    def each_vector(self, count: Any) -> Iterator[Any]:
+        """A loop over the places of vectors along an axis of `count` numbers, a multiple of a vector's."""
+        with self.each(self.builder.udiv(count, self.number(self.width))) as index:
+            yield self.builder.mul(index, self.number(self.width))
 
 
 @emitted
@@ -77,9 +237,32 @@ def array_at(address: int, rows: int, width: int, like: Array) -> Array:
     return carray(_pointer(address, like), (rows, width))
 
 
+@emitted
+def lowest_bit(typing: Any, bits: Any) -> Any:
+    """The number of the lowest bit that is set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = ir.IntType(64)
+        kind = ir.FunctionType(whole, [whole, ir.IntType(1)])
+        count = cgutils.get_or_insert_function(builder.module, kind, "llvm.cttz.i64")
+        return builder.call(count, [arguments[0], ir.Constant(ir.IntType(1), 1)])
+
+    return types.int64(types.int64), generate
+
+
 def exponential(x: Any) -> Any:
     """e**x, 0 below LOWEST; float32 by a polynomial that errs by up to 4e-7 of the result. In compiled code only."""
     raise TypeError("exponential is for compiled kernels")
+
+
+@emitted
+def _as_float(typing: Any, bits: Any) -> Any:
+    """The float32 whose bits are those of an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
 
 
 @overload(exponential)
@@ -89,173 +272,18 @@ def _exponential(x: Any) -> Any:
 
     if x != types.float32:
         return double
+    low, high, one, half, log2 = (np.float32(value) for value in (LOWEST, HIGHEST, 1.0, 0.5, 1.44269504))
+    first, second = (np.float32(value) for value in LN2)
+    a, b, c, d, e, f = (np.float32(value) for value in EXP)
 
     def single(x: Any) -> Any:
-        # e**x = 2**n e**r, |r| <= ln 2 / 2. Coefficients: Cephes' expf, S. L. Moshier, 1992.
-        y = min(max(x, np.float32(LOWEST)), np.float32(88.0))
-        n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
-        r = y - n * np.float32(0.693359375)
-        r = r - n * np.float32(-2.12194440e-4)
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        p = p * r * r + r + np.float32(1.0)
-        e = p * _as_float((np.int32(n) + np.int32(127)) << np.int32(23))
-        return e if x >= np.float32(LOWEST) else (np.float32(0.0) if x < np.float32(LOWEST) else x)  # NaN stays NaN
+        y = min(max(x, low), high)
+        n = np.floor(y * log2 + half)
+        r = y - n * first
+        r = r - n * second
+        p = ((((a * r + b) * r + c) * r + d) * r + e) * r + f
+        p = p * r * r + r + one
+        power = p * _as_float((np.int32(n) + np.int32(127)) << np.int32(23))
+        return power if x >= low else (np.float32(0.0) if x < low else x)  # NaN stays NaN
 
     return single
-
-
-def _block(rows: int, vectors: int, along: bool) -> Any:
-    """block(a, index, i, first, count, x, j, out, o): for r below `rows` and j in `vectors` vectors
-
-        out[o + r, j] += sum over c below count of a[index[i + r], first + c] * x[c, j]   (along=False)
-        out[o + r, j] += sum over c below count of a[index[i + c], first + r] * x[c, j]   (along=True)
-
-    All arrays are C-contiguous.
-    """
-
-    @emitted
-    def block(typing: Any, a: Any, index: Any, i: Any, first: Any, count: Any, x: Any, j: Any, out: Any, o: Any) -> Any:
-        whole = types.intp
-        real = x.dtype
-        width = VECTOR // (real.bitwidth // 8)
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            number = context.get_value_type(whole)
-            vector = ir.VectorType(context.get_value_type(real), width)
-            a_, index_, i_, first_, count_, x_, j_, out_, o_ = arguments
-            a_, x_, out_, index_ = (
-                context.make_array(kind)(context, builder, value)
-                for kind, value in ((a, a_), (x, x_), (out, out_), (index, index_))
-            )
-
-            def place(array: Any, row: Any, column: Any) -> Any:
-                stride = builder.extract_value(array.shape, 1)
-                return builder.gep(array.data, [builder.add(builder.mul(row, stride), column)])
-
-            def vector_at(pointer: Any, v: int) -> Any:
-                return builder.bitcast(builder.gep(pointer, [number(v * width)]), vector.as_pointer())
-
-            def index_at(at: Any) -> Any:
-                return builder.load(builder.gep(index_.data, [builder.add(i_, at)]))
-
-            size = real.bitwidth // 8
-            sums = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(rows)]
-            into = [
-                [vector_at(place(out_, builder.add(o_, number(r)), j_), v) for v in range(vectors)] for r in range(rows)
-            ]
-            for pointers, held in zip(into, sums, strict=True):
-                for pointer, one in zip(pointers, held, strict=True):
-                    builder.store(builder.load(pointer, align=size), one)
-            starts = [] if along else [place(a_, index_at(number(r)), first_) for r in range(rows)]
-            name = f"llvm.fma.v{width}f{real.bitwidth}"
-            multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
-            nothing = ir.Constant(vector, ir.Undefined)
-            same = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
-            with cgutils.for_range(builder, count_) as loop:
-                c = loop.index
-                column = place(x_, c, j_)
-                xs = [builder.load(vector_at(column, v), align=size) for v in range(vectors)]
-                base = place(a_, index_at(c), first_) if along else None
-                for r in range(rows):
-                    pointer = builder.gep(base, [number(r)]) if along else builder.gep(starts[r], [c])
-                    one = builder.insert_element(nothing, builder.load(pointer), ir.Constant(ir.IntType(32), 0))
-                    factor = builder.shuffle_vector(one, nothing, same)
-                    for v in range(vectors):
-                        total = builder.call(multiply_add, [factor, xs[v], builder.load(sums[r][v])])
-                        builder.store(total, sums[r][v])
-            for pointers, held in zip(into, sums, strict=True):
-                for pointer, one in zip(pointers, held, strict=True):
-                    builder.store(builder.load(one), pointer, align=size)
-            return context.get_dummy_value()
-
-        return types.void(a, index, whole, whole, whole, x, whole, out, whole), generate
-
-    return block
-
-
-@emitted
-def _prefetch(typing: Any, a: Any, row: Any, column: Any) -> Any:
-    """Asks for the cache line of a[row, column], a C-contiguous; nothing waits for it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(a)(context, builder, arguments[0])
-        stride = builder.extract_value(array.shape, 1)
-        at = builder.gep(array.data, [builder.add(builder.mul(arguments[1], stride), arguments[2])])
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), number, number, number])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        at = builder.bitcast(at, ir.IntType(8).as_pointer())
-        builder.call(fetch, [at, ir.Constant(number, 0), ir.Constant(number, 3), ir.Constant(number, 1)])
-        return context.get_dummy_value()
-
-    return types.void(a, types.intp, types.intp), generate
-
-
-_VECTORS = 2 if WIDE else 1
-_dots, _dots_rest = _block(ROWS, _VECTORS, False), _block(ROWS, 1, False)
-_mix, _mix_rest = _block(ROWS, _VECTORS, True), _block(ROWS, 1, True)
-_mix_row = _block(1, 1, True)
-
-
-@compiled
-def dots(a: Array, index: Array, start: int, stop: int, first: int, dim: int, x: Array, out: Array) -> None:
-    """out[i] = sum over c below dim of a[index[i], first + c] * x[c], i from start to stop, a multiple of ROWS apart.
-
-    a (n, w), index (m,) int64, x (dim, g), out (m, g); g a multiple of `lanes`.
-    """
-    width = x.shape[1]
-    vector = VECTOR // x.itemsize
-    step = _VECTORS * vector
-    ahead = max(AHEAD, QUEUE // width)
-    for i in range(start, min(start + ahead, stop)):
-        for c in range(0, dim, vector):
-            _prefetch(a, index[i], first + c)
-    for i in range(start, stop, ROWS):
-        for r in range(i + ahead, min(i + ahead + ROWS, stop)):
-            for c in range(0, dim, vector):
-                _prefetch(a, index[r], first + c)
-        for r in range(ROWS):
-            row = out[i + r]
-            for j in range(width):
-                row[j] = 0
-        j = 0
-        while j + step <= width:
-            _dots(a, index, i, first, dim, x, j, out, i)
-            j += step
-        while j < width:
-            _dots_rest(a, index, i, first, dim, x, j, out, i)
-            j += vector
-
-
-@compiled
-def mix(a: Array, index: Array, start: int, stop: int, first: int, columns: int, w: Array, out: Array) -> None:
-    """out[c] += sum over i from start to stop of a[index[i], first + c] * w[i - start], for c below columns.
-
-    a (n, ...), index (m,) int64, w (stop - start, g), out (columns, g); g a multiple of `lanes`.
-    """
-    width = w.shape[1]
-    vector = VECTOR // w.itemsize
-    step = _VECTORS * vector
-    whole = columns // ROWS * ROWS
-    for low in range(start, stop, MIXED):
-        count = min(MIXED, stop - low)
-        weights = w[low - start : low - start + count]
-        for i in range(low, low + count):
-            for c in range(0, columns, vector):
-                _prefetch(a, index[i], first + c)
-        for c in range(0, whole, ROWS):
-            j = 0
-            while j + step <= width:
-                _mix(a, index, low, first + c, count, weights, j, out, c)
-                j += step
-            while j < width:
-                _mix_rest(a, index, low, first + c, count, weights, j, out, c)
-                j += vector
-        for c in range(whole, columns):
-            for j in range(0, width, vector):
-                _mix_row(a, index, low, first + c, count, weights, j, out, c)

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ACCEPTS = ("float32", "float64")  # other inputs are widened to float32 before the kernels see them
-COST = Cost(read=16.0, own=16.0, split=10.0)
+COST = Cost(read=16.0, split=10.0)
 
 
 def synchronize(*arrays: Any) -> None:

@@ -4,17 +4,21 @@ Static: no boolean indexing, no data-dependent shapes. Whole numbers have the li
 rows a group, m nodes, d and e the widths of keys and values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import HostRows, Lists, Tree, group_count, level_nodes, rows_read, splits
+from opoch_xp.treecode.law import excess, log_mass
+from opoch_xp.treecode.plan import group_count, group_rows, level_plan, splits
+from opoch_xp.treecode.tree import HostRows, Lists, Part, Tree
 
 Array = Any
 ELEMENTS = 2**22  # rows gathered and logits held at a time: 16 MB each in float32
+GUESS = 64  # nodes of a level that a group opens, about, where nothing bounds them
 
 
 def rows_of(xp: Any, x: Array, index: Array) -> Array:
@@ -30,14 +34,18 @@ def runs_of(xp: Any, x: Array | HostRows, index: Array, rows: int) -> Array:
     return rows_of(xp, xp.reshape(x, (-1, rows, *x.shape[2:])), index)
 
 
-def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None) -> Array:
+def principal_order(
+    x: Array, axes: Any, iterations: int, kept: Array | None, stretch: Array | None = None
+) -> Array:
     """Order (T, n) of the rows of x (T, n, d) after len(axes) levels of median splits; n a multiple of 2**len(axes).
 
     Each node is halved at the median projection on its principal axis, found by power iteration from axes[level].
-    Rows that are not `kept` weigh nothing and sort last in every split.
+    Rows that are not `kept` weigh nothing and sort last in every split. stretch (T, d): what the dimensions of the rows
+    are multiplied by before.
     """
     xp = array_namespace(x)
     tasks, n, dim = x.shape
+    x = x if stretch is None else x * stretch[:, None, :]
     where = device(x)
     flat = xp.reshape(x, (tasks * n, dim))
     weight = None if kept is None else xp.reshape(xp.astype(kept, x.dtype), (tasks * n,))
@@ -70,23 +78,25 @@ def _positive(xp: Any, x: Array) -> Array:
 
 
 def build_tree(
-    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None = None, order: Array | None = None
-) -> Tree:
+    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None = None, order: Array | None = None,
+    stretch: Array | None = None,
+) -> Tree:  # fmt: skip
     """Trees of equal chunks: k (chunks, size, d), v (chunks, size, d_v), mask (chunks, size) bool, True = keep.
 
-    axes (levels, d): where the power iterations of each level start, host floats. `order` (chunks, size), if given,
-    is taken instead of splitting. Cost: size * log2(size / leaf) * iterations * d a chunk.
+    axes (levels, d): where the power iterations of each level start, host floats. stretch (chunks, d): what the keys'
+    dimensions are multiplied by where they are split. `order` (chunks, size), if given, is taken instead of splitting.
+    Cost: size * log2(size / leaf) * iterations * d a chunk.
     """
     xp = array_namespace(k, v)
     chunks, size, dim = k.shape
     if order is None:
-        order = principal_order(k, axes, method.iterations, mask)
+        order = principal_order(k, axes, method.iterations, mask, stretch)
     base = xp.arange(chunks, device=device(k))[:, None] * size
     rows = xp.concat([xp.reshape(k, (chunks * size, dim)), xp.reshape(v, (chunks * size, -1))], axis=-1)
     cells = rows_of(xp, rows, order + base)  # (chunks, size, d + d_v)
     kept = None if mask is None else rows_of(xp, xp.reshape(mask, (-1,)), order + base)
 
-    levels = level_nodes(size, method)
+    levels = level_plan(size, method).nodes
     split = xp.reshape(cells, (chunks, levels[0], method.leaf, -1))
     keys, values = split[..., :dim], split[..., dim:]
     ones = xp.ones(split.shape[:3], dtype=k.dtype, device=device(k))
@@ -111,42 +121,28 @@ def build_tree(
     return Tree(cells, order, tuple(summaries), sizes, None if mask is None else tuple(counts), kept, dim)
 
 
-def log_mass(dot: Array, sigma2: Array, count: Array) -> Array:
-    """Estimated log of the sum of exp(scale q . k) over the `count` keys of a node.
-
-    dot = scale q . mean; sigma2 = scale**2 sum_i q_i**2 var_i. Mean field, and the free energy of `count` Gaussian
-    energies with its freezing transition: count = 0 gives -inf. Source: Derrida, Random-energy model, 1981.
-    """
-    xp = array_namespace(dot)
-    log = xp.log(xp.where(count > 0, count, 1.0))
-    frozen = 2 * log
-    liquid = (sigma2 <= frozen) | (frozen == 0)  # a node of one key has no variance; one of none no gradient
-    energy = xp.where(liquid, log + sigma2 / 2, xp.sqrt(xp.where(liquid, 1.0, frozen * sigma2)))
-    return xp.where(count > 0, dot + energy, -xp.inf)
-
-
 def tree_attention(
     queries: Array,
     tree: Tree,
     first: np.ndarray,
     count: np.ndarray,
-    axes: Any,
+    groups: Array,
     method: Treecode,
     *,
     scale: float,
-    groups: Array | None = None,
+    seen: Array,
     lists: Lists | None = None,
-) -> tuple[Array, Array]:
-    """Queries of each task against the trees of a run of chunks: out (T, n, d_v), lse (T, n).
+) -> Part:
+    """Queries of each task against the trees of a run of chunks.
 
     queries (T, n, d); task t reads the chunks [first[t], first[t] + count[t]) of `tree` (host integers); no chunk:
-    zeros and lse -inf. axes (levels, d): where the power iterations that group the queries start.
-    `groups` (T, ceil(n / group) * group) int64, if given, lists the rows of each group in turn, numbers of n and more
-    being padding; `lists`, if given, what each group opens (groups of all tasks in turn).
-    A non-finite query spoils its own row and has no vote in its group.
+    zeros and lse -inf. groups (T, ceil(n / group) * group) int64: the rows of each group in turn, as `query_groups`
+    gives them, numbers of n and more being padding. seen (T, n): the log of the mass that each query has read of other
+    keys, -inf for none: what it may leave unread is judged by all it knows of. `lists`, if given, say what each group
+    opens (groups of all tasks in turn); seen is then not looked at.
+    A non-finite query spoils its own row and opens nothing for its group.
     """
-    run = (first, count, most_chunks(count))
-    return attend_runs(queries, tree, run, axes, method, scale, groups, lists)[:2]
+    return attend_runs(queries, tree, (first, count, most_chunks(count)), groups, method, scale, seen, lists)
 
 
 def tree_lists(
@@ -154,14 +150,17 @@ def tree_lists(
     tree: Tree,
     first: np.ndarray,
     count: np.ndarray,
-    axes: Any,
+    groups: Array,
     method: Treecode,
     *,
     scale: float,
-    groups: Array,
+    seen: Array,
 ) -> Lists:
-    """What tree_attention opens for the groups given: arguments as there."""
-    return attend_runs(queries, tree, (first, count, most_chunks(count)), axes, method, scale, groups, None)[2]
+    """What tree_attention opens: arguments as there."""
+    found: list[Lists] = []
+    runs = (first, count, most_chunks(count))
+    attend_runs(queries, tree, runs, groups, method, scale, seen, None, _at_once, found=found)
+    return found[0]
 
 
 def most_chunks(count: np.ndarray) -> int:
@@ -169,31 +168,40 @@ def most_chunks(count: np.ndarray) -> int:
     return max(1, int(np.max(count)))
 
 
-def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
+def query_groups(queries: Array, axes: Any, method: Treecode, *, stretch: Array | None = None) -> Array:
     """Row numbers (T, ceil(n / group) * group) of queries (T, n, d) in groups that are close in space; >= n is padding.
 
-    axes (levels, d): where the power iterations start. Queries that are not finite count as zeros. The rows are padded
-    to group * 2**levels with rows that sort last, so all groups but the last are full.
+    axes (levels, d): where the power iterations start; stretch (T, d) as in `build_tree`. Queries that are not finite
+    count as zeros. The rows are padded to group * 2**levels with rows that sort last, so all groups but the last are
+    full.
     """
+    return grouped_rows(queries, axes, method, stretch, principal_order)
+
+
+def grouped_rows(
+    queries: Array, axes: Any, method: Treecode, stretch: Array | None, order_rows: Callable[..., Array]
+) -> Array:
+    """`query_groups`, with the backend's own `principal_order`, whose order within a group may be any."""
     xp = array_namespace(queries)
     tasks, n, dim = queries.shape
     here = device(queries)
-    queries = xp.where(_finite(xp, queries)[..., None], queries, 0.0)
-    total = group_count(n, method.group)
-    size = n if total == 1 else method.group
+    size, total = group_rows(n, method.group), group_count(n, method.group)
     padded = size << splits(n, size)
-    if size == 1:  # nothing is shared: any order will do
-        return xp.broadcast_to(xp.arange(n, device=here), (tasks, n))
+    if size == 1 or total == 1:  # nothing is shared, or all is: any order will do
+        return xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=here), (tasks, n))
+    queries = xp.where(finite_rows(queries)[..., None], queries, 0.0)
     if padded == n:
-        return principal_order(queries, axes, method.iterations, None)
+        return order_rows(queries, axes, method.iterations, None, stretch)
     rest = xp.zeros((tasks, padded - n, dim), dtype=queries.dtype, device=here)
     kept = xp.broadcast_to(xp.arange(padded, device=here) < n, (tasks, padded))
-    order = principal_order(xp.concat([queries, rest], axis=1), axes, method.iterations, kept)
-    return order[:, : total * size]
+    order = order_rows(xp.concat([queries, rest], axis=1), axes, method.iterations, kept, stretch)[:, : total * size]
+    last = (total - 1) * size
+    return xp.concat([order[:, :last], xp.sort(order[:, last:], axis=1)], axis=1)  # padding numbers are the largest
 
 
-def _finite(xp: Any, queries: Array) -> Array:
+def finite_rows(queries: Array) -> Array:
     """Which of the queries (T, n, d) are finite, (T, n)."""
+    xp = array_namespace(queries)
     return xp.isfinite(xp.sum(queries * 0.0, axis=-1))
 
 
@@ -205,6 +213,10 @@ def in_blocks(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, .
     return tuple(xp.concat(part, axis=0) for part in zip(*parts, strict=True))
 
 
+def _at_once(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], step: int) -> tuple[Array, ...]:
+    return function(*arrays)
+
+
 def largest(x: Array, count: int) -> Array:
     """Places of the `count` largest entries along the last axis, the largest first, ties to the lower place."""
     return array_namespace(x).argsort(-x, axis=-1, stable=True)[..., :count]
@@ -214,162 +226,249 @@ def attend_runs(
     queries: Array,
     tree: Tree,
     run: tuple[Array, Array, int],
-    axes: Any,
+    groups: Array,
     method: Treecode,
     scale: float,
-    groups: Array | None,
+    seen: Array,
     lists: Lists | None,
     loop: Callable[..., tuple[Array, ...]] = in_blocks,
     top: Callable[[Array, int], Array] = largest,
-) -> tuple[Array, Array, Lists]:
-    """out, lse and lists of tree_attention; run: first and count (T,), and the widest count.
+    found: list[Lists] | None = None,
+) -> Part:
+    """What tree_attention returns; run: first and count (T,), and the widest count.
 
-    loop and top: `in_blocks` and `largest` of a library that has better ones than the Array API standard.
+    loop and top: `in_blocks` and `largest` of a library that has better ones than the Array API standard. What each
+    block of groups opens is appended to `found`.
     """
     xp = array_namespace(queries)
     tasks, n, dim = queries.shape
     here = device(queries)
-    finite = _finite(xp, queries)
+    finite = finite_rows(queries)
     queries = xp.where(finite[..., None], queries, 0.0)
-    if groups is None:
-        groups = query_groups(queries, axes, method)
     total = group_count(n, method.group)
-    valid = groups < n
-    index = xp.where(valid, groups, 0) + xp.arange(tasks, device=here)[:, None] * n
+    there = groups < n
+    index = xp.where(there, groups, 0) + xp.arange(tasks, device=here)[:, None] * n
     size = groups.shape[1] // total
-    index, valid = (xp.reshape(a, (tasks * total, size)) for a in (index, valid))
-    grouped = rows_of(xp, xp.reshape(queries, (tasks * n, dim)), index)  # (F, g, d)
-    votes = xp.astype(valid & rows_of(xp, xp.reshape(finite, (-1,)), index), queries.dtype)
+    index, there = (xp.reshape(a, (tasks * total, size)) for a in (index, there))
+    voters = there & rows_of(xp, xp.reshape(finite, (-1,)), index)
+    grouped = (rows_of(xp, xp.reshape(x, (tasks * n, *x.shape[2:])), index) for x in (queries, seen))
     first, count = (xp.repeat(xp.asarray(a, device=here), total) for a in run[:2])
 
-    def some(q: Array, votes: Array, first: Array, count: Array, *given: Array) -> tuple[Array, ...]:
-        chosen = Lists(given[:-1], given[-1]) if given else None
-        out, lse, opened = attend_groups(q, votes, tree, (first, count, run[2]), method, scale, chosen, top)
-        return out, lse, *opened.opened, opened.own
+    def some(q: Array, seen: Array, voters: Array, first: Array, count: Array, *given: Array) -> tuple[Array, ...]:
+        group = Group(q, seen, voters, first, count, run[2])
+        chosen = Lists(given[:-2], *given[-2:]) if given else None
+        state, opened = attend_groups(group, tree, method, scale, chosen, top)
+        if found is not None:
+            found.append(opened)
+        return *state.finished(xp), state.read
 
-    read, width = rows_read(tree.cells.shape[1], run[2], method), tree.cells.shape[-1]
-    shared, own = read["far"] + read["near"], read["own"]
-    step = max(1, ELEMENTS // max(1, size * (shared + own * width) + shared * width))
-    given = () if lists is None else (*lists.opened, lists.own)
-    out, lse, *opened = loop(some, (grouped, votes, first, count, *given), step)
+    given = () if lists is None else (*lists.opened, lists.cells, lists.reads)
+    step = max(1, ELEMENTS // (size * rows_at_once(tree, run[2], method)))
+    out, lse, read = loop(some, (*grouped, voters, first, count, *given), step)
     place = xp.argsort(groups, axis=1, stable=True)[:, :n]  # padding numbers are the largest
     place = place + xp.arange(tasks, device=here)[:, None] * (total * size)
     out = rows_of(xp, xp.reshape(out, (tasks * total * size, -1)), place)
     lse = rows_of(xp, xp.reshape(lse, (-1,)), place)
-    spoiled = ~finite
-    chosen = Lists(tuple(opened[:-1]), opened[-1])
-    return xp.where(spoiled[..., None], xp.nan, out), xp.where(spoiled, xp.nan, lse), chosen
+    read = xp.sum(xp.reshape(read, (tasks, total, 3)), axis=1)
+    return Part(xp.where(finite[..., None], out, xp.nan), xp.where(finite, lse, xp.nan), read)
+
+
+def rows_at_once(tree: Tree, chunks: int, method: Treecode) -> int:
+    """Nodes and keys that a group may have at hand at a time: all of the coarsest level, and a guess of what is opened;
+    what `most` bounds, where it does."""
+    top, width = chunks * tree.summaries[-1].shape[1], max(1, tree.cells.shape[2] // 64)
+    opened = min(GUESS if method.most is None else method.most, chunks * tree.summaries[0].shape[1])
+    return width * (top + opened * (method.branch + tree.leaf))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Groups of queries and the runs of chunks that they read: q (F, g, d), seen (F, g) the log mass read before, voters
+    (F, g) bool, first and count (F,) of each run, the widest count."""
+
+    q: Array
+    seen: Array
+    voters: Array
+    first: Array
+    count: Array
+    widest: int
+
+
+@dataclass
+class Level:
+    """The candidates of one level for some groups, m of them at the most.
+
+    number: of the level; node (F, m): their rows in the tree's summaries of the level; rows (F, m, 2 d + e): those
+    summaries; count (F, 1, m): their keys, 0 for a candidate that is none; mass and sigma2 (F, g, m): log mass, and
+    variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys. At level 0, of the cells
+    (F, u) that some query reads: cells, their rows; keys (F, u * leaf, d + e); logits (F, g, u * leaf), -inf where a
+    query does not read a key.
+    """
+
+    number: int
+    node: Array
+    rows: Array
+    count: Array
+    mass: Array
+    sigma2: Array
+    closed: Array
+    cells: Array = None
+    keys: Array = None
+    logits: Array = None
+
+
+@dataclass
+class State:
+    """A softmax over what was taken in so far: the largest logit and the sum of weights (F, g), and weighted values
+    (F, g, e); read (F, 3) as in `Part`."""
+
+    top: Array
+    total: Array
+    out: Array
+    read: Array
+
+    def take(self, xp: Any, logits: Array, values: Array) -> None:
+        """Rows with logits (F, g, m) and values (F, m, e)."""
+        if logits.shape[2] == 0:
+            return
+        highest = xp.maximum(self.top, xp.max(logits, axis=2))
+        shift = xp.where(highest == -xp.inf, 0.0, highest)
+        weight, keep = xp.exp(logits - shift[..., None]), xp.exp(self.top - shift)
+        self.top, self.total = highest, self.total * keep + xp.sum(weight, axis=2)
+        self.out = self.out * keep[..., None] + weight @ values
+
+    def finished(self, xp: Any) -> tuple[Array, Array]:
+        """out (F, g, e) and lse (F, g)."""
+        some = self.total > 0
+        safe = xp.where(some, self.total, 1.0)
+        return self.out / safe[..., None], xp.where(some, self.top + xp.log(safe), -xp.inf)
 
 
 def attend_groups(
-    q: Array, votes: Array, tree: Tree, run: tuple[Any, Any, int], method: Treecode, scale: float, lists: Lists | None,
-    top: Callable[[Array, int], Array] = largest,
-) -> tuple[Array, Array, Lists]:  # fmt: skip
-    """Steps 1 to 5 for groups q (F, g, d), voting with weight votes (F, g); run: first and count (F,), widest count."""
-    first, count, widest = run
-    xp = array_namespace(q)
-    here, dim, leaf = device(q), tree.dim, tree.leaf
-    depth = len(tree.summaries) - 1
-    nodes = [a.shape[1] for a in tree.summaries]
-    base = xp.asarray(first, device=here)[:, None]  # (F, 1)
-    limit = xp.asarray(count, device=here)[:, None]
-    candidates = xp.arange(widest * nodes[depth], device=here)[None, :]
-    candidates = xp.broadcast_to(candidates, (q.shape[0], candidates.shape[1]))
-    norm = xp.full((*q.shape[:2], 1), -xp.inf, dtype=q.dtype, device=here)
-    square = q * q * scale**2
-    logits, values, opened = [], [], []
-    for level in range(depth, -1, -1):
-        there = candidates < limit * nodes[level]
-        node = xp.where(there, candidates + base * nodes[level], 0)
-        rows = runs_of(xp, tree.summaries[level], node, 1)[..., 0, :]
+    group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array]
+) -> tuple[State, Lists]:
+    """The walk of `walk`, and one softmax over what is left closed and the keys that are read."""
+    q, xp = group.q, array_namespace(group.q)
+    lead, here = q.shape[:2], {"dtype": q.dtype, "device": device(q)}
+    state = State(
+        xp.full(lead, -xp.inf, **here),
+        xp.zeros(lead, **here),
+        xp.zeros((*lead, tree.cells.shape[2] - tree.dim), **here),
+        xp.zeros((lead[0], 3), **here),
+    )
+    found: list[Array] = []
+    for level in walk(group, tree, method, scale, lists, top, found, state):
+        state.take(xp, xp.where(level.closed, level.mass, -xp.inf), level.rows[..., 2 * tree.dim :])
+        if level.number == 0:
+            state.take(xp, level.logits, level.keys[..., tree.dim :])
+    return state, Lists(tuple(found[:-2]), *found[-2:])
+
+
+def walk(
+    group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array],
+    found: list[Array], state: State | None = None,
+) -> Iterator[Level]:  # fmt: skip
+    """The levels of the trees from the coarsest on, for groups of queries: what of each is opened and what stays closed.
+
+    Appends to `found` the nodes that each group opens, level by level, then the cells and who reads them; counts into
+    `state.read` what was looked at.
+    """
+    q, xp = group.q, array_namespace(group.q)
+    here, dim, plan = device(q), tree.dim, level_plan(tree.cells.shape[1], method)
+    groups, leaf = q.shape[0], tree.leaf
+    base, limit = (xp.asarray(a, device=here)[:, None] for a in (group.first, group.count))
+    threshold = xp.astype(xp.asarray([plan.threshold(n, method.rtol) for n in range(group.widest + 1)], device=here), q.dtype)
+    threshold = xp.take(threshold, xp.asarray(group.count, device=here))[:, None, None]
+    candidates = xp.broadcast_to(xp.arange(group.widest * plan.nodes[-1], device=here), (groups, group.widest * plan.nodes[-1]))
+    there = candidates < limit * plan.nodes[-1]
+    voters, known = group.voters[..., None], group.seen
+    scaled = q * scale
+    square = scaled * scaled
+    for number in range(plan.depth, -1, -1):
+        node = xp.where(there, candidates + base * plan.nodes[number], 0)
+        rows = runs_of(xp, tree.summaries[number], node, 1)[..., 0, :]
         if tree.counts is None:
-            size = xp.full(node.shape, float(tree.sizes[level]), dtype=q.dtype, device=here)
+            count = xp.full(node.shape, float(tree.sizes[number]), dtype=q.dtype, device=here)
         else:
-            size = rows_of(xp, xp.reshape(tree.counts[level], (-1,)), node)
-        mean, var, value = rows[..., :dim], rows[..., dim : 2 * dim], rows[..., 2 * dim :]
-        mass = log_mass(
-            scale * (q @ xp.matrix_transpose(mean)),
-            square @ xp.matrix_transpose(var),
-            xp.where(there, size, 0.0)[:, None, :],
-        )  # (F, g, m)
-        norm = xp.maximum(norm, _logsumexp(xp, mass))  # no query's votes at a level exceed 1 in sum
-        share = xp.exp(mass - xp.where(norm == -xp.inf, 0.0, norm))
-        share = xp.sum(xp.where(votes[..., None] > 0, share, 0.0), axis=1)  # (F, m)
-        width = min(method.open if level else method.near, candidates.shape[1])
+            count = rows_of(xp, xp.reshape(tree.counts[number], (-1,)), node)
+        count = xp.where(there, count, 0.0)[:, None, :]
+        sigma2 = square @ xp.matrix_transpose(rows[..., dim : 2 * dim])
+        mass = log_mass(scaled @ xp.matrix_transpose(rows[..., :dim]), sigma2, count)
+        whole = _log_sum(xp, known, mass)
+        share = mass + excess(sigma2, count) - whole[..., None]  # of the query's mass, what a node may hold
+        wants = voters & (count > 0) & (share > threshold)
+        heaviest = xp.max(xp.where(voters & (count > 0), share, -xp.inf), axis=1)  # (F, m)
+        wanted, full = xp.any(wants, axis=1), count[:, 0, :] > 0
+        if plan.forced[number]:
+            wanted = wanted | (full & (_rank(xp, heaviest) < plan.forced[number]))
         if lists is not None:
-            pick = _given(xp, candidates, lists.opened[depth - level])
+            given = lists.opened[plan.depth - number] if number else lists.cells
+            wanted = xp.any(candidates[..., None] == given[:, None, :], axis=2) & there
+        pick, wanted, bounded = _picked(xp, wanted, heaviest, method.most, top)
+        taken = xp.take_along_axis(wanted, pick, axis=1)
+        chosen = xp.where(taken, xp.take_along_axis(candidates, pick, axis=1), -1)
+        if state is not None:
+            looked = xp.astype(xp.sum(xp.astype(there, xp.int64), axis=1), q.dtype)
+            asking = xp.astype(xp.sum(xp.astype(group.voters, xp.int64), axis=1), q.dtype)
+            zero = xp.zeros_like(looked)
+            state.read = state.read + xp.stack([looked * asking, zero, xp.where(bounded, asking, zero)], axis=1)
+        found.append(chosen)
+        if number:
+            closed = xp.broadcast_to(~wanted[:, None, :], mass.shape)
+            yield Level(number, node, rows, count, mass, sigma2, closed)
+            known = _log_sum(xp, known, xp.where(closed, mass, -xp.inf))
+            below = plan.children(number)
+            candidates = xp.reshape(chosen[..., None] * below + xp.arange(below, device=here), (groups, -1))
+            there = xp.repeat(taken, below, axis=1)
+            continue
+        reads = wants & wanted[:, None, :]
+        if lists is None:
+            given = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (*q.shape[:2], pick.shape[1])), axis=2)
         else:
-            pick = top(xp.where(there, share, -1.0), width)  # absent nodes last
-        picked = _among(xp, pick, candidates.shape[1])
-        chosen = xp.take_along_axis(candidates, pick, axis=1)
-        opened.append(chosen)
-        logits.append(xp.where(picked[:, None, :], -xp.inf, mass))  # far field: unopened nodes as pseudo-keys
-        values.append(value)
-        if level:
-            children = nodes[level - 1] // nodes[level]
-            below = xp.arange(children, device=here)
-            candidates = xp.reshape(chosen[..., None] * children + below, (q.shape[0], -1))
-    cells, cell_kept = _cells(xp, tree, chosen, base, limit)  # near field of the group
-    near = scale * (q @ xp.matrix_transpose(cells[..., :dim]))
-    logits.append(xp.where(cell_kept[:, None, :], near, -xp.inf))
-    values.append(cells[..., dim:])
-
-    mass = logits[depth]  # of the cells that the group did not take
-    if lists is not None:
-        best = _given(xp, candidates[:, None, :], lists.own)
-    else:
-        best = top(mass, max(0, min(method.own, mass.shape[2] - pick.shape[1])))
-    own = xp.take_along_axis(xp.broadcast_to(candidates[:, None, :], mass.shape), best, axis=2)  # (F, g, own)
-    logits[depth] = xp.where(_among(xp, best, mass.shape[2]), -xp.inf, mass)
-    taken = xp.take_along_axis(mass, best, axis=2) > -xp.inf
-    cells, cell_kept = _cells(xp, tree, own, base[..., None], limit[..., None])  # (F, g, own * leaf, d + e)
-    mine = (cells[..., :dim] @ q[..., None])[..., 0] * scale
-    mine = xp.where(cell_kept & xp.repeat(taken, leaf, axis=2), mine, -xp.inf)
-    return *_softmax(xp, logits, values, mine, cells[..., dim:]), Lists(tuple(opened), own)
+            place = xp.argmax(xp.astype(lists.cells[:, None, :] == candidates[..., None], xp.int8), axis=2)  # (F, m)
+            reads = xp.take_along_axis(lists.reads, xp.broadcast_to(place[:, None, :], mass.shape), axis=2)
+            reads = reads & wanted[:, None, :]
+            given = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (*q.shape[:2], pick.shape[1])), axis=2)
+        given = given & taken[:, None, :]
+        found.append(given)
+        cells = xp.where(taken, xp.take_along_axis(node, pick, axis=1), 0)
+        keys = xp.reshape(runs_of(xp, tree.cells, cells, leaf), (groups, -1, tree.cells.shape[2]))
+        open_ = xp.repeat(given, leaf, axis=2)
+        if tree.kept is not None:
+            kept = rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), cells)
+            open_ = open_ & xp.reshape(kept, (groups, 1, -1))
+        logits = xp.where(open_, scaled @ xp.matrix_transpose(keys[..., :dim]), -xp.inf)
+        if state is not None:
+            read = xp.astype(xp.sum(xp.astype(given & voters, xp.int64), axis=(1, 2)) * leaf, q.dtype)
+            state.read = state.read + xp.stack([xp.zeros_like(read), read, xp.zeros_like(read)], axis=1)
+        yield Level(0, node, rows, count, mass, sigma2, ~reads, cells, keys, logits)
 
 
-def _logsumexp(xp: Any, x: Array) -> Array:
-    highest = xp.max(x, axis=-1, keepdims=True)
-    shift = xp.where(highest == -xp.inf, 0.0, highest)
-    total = xp.sum(xp.exp(x - shift), axis=-1, keepdims=True)
-    return xp.where(highest == -xp.inf, -xp.inf, shift + xp.log(xp.where(total == 0, 1.0, total)))
+def _log_sum(xp: Any, known: Array, mass: Array) -> Array:
+    """ln of exp(known) + the sum of exp(mass) along its last axis; known (F, g), mass (F, g, m)."""
+    top = xp.maximum(known, xp.max(mass, axis=2)) if mass.shape[2] else known
+    shift = xp.where(top == -xp.inf, 0.0, top)
+    total = xp.exp(known - shift) + xp.sum(xp.exp(mass - shift[..., None]), axis=2)
+    return xp.where(top == -xp.inf, -xp.inf, shift + xp.log(xp.where(total > 0, total, 1.0)))
 
 
-def _among(xp: Any, pick: Array, width: int) -> Array:
-    """Bool (..., width): which places are in pick (..., k), whose entries differ."""
-    places = xp.arange(width, device=device(pick))
-    return xp.any(pick[..., None, :] == places[:, None], axis=-1)
+def _rank(xp: Any, x: Array) -> Array:
+    """The place of each entry along the last axis, the largest being first, ties to the lower place."""
+    return xp.argsort(xp.argsort(-x, axis=-1, stable=True), axis=-1)
 
 
-def _given(xp: Any, candidates: Array, wanted: Array) -> Array:
-    """Places among the candidates (..., m) of the nodes wanted (..., k)."""
-    return xp.argmax(xp.astype(candidates[..., None, :] == wanted[..., :, None], xp.int8), axis=-1)
+def _picked(
+    xp: Any, wanted: Array, heaviest: Array, most: int | None, top: Callable[[Array, int], Array]
+) -> tuple[Array, Array, Array]:
+    """Places (F, k) that hold all that is wanted (F, m), then others; what is wanted and among them; and for which
+    groups (F,) a bound left something out.
 
-
-def _cells(xp: Any, tree: Tree, cells: Array, base: Array, limit: Array) -> tuple[Array, Array]:
-    """Rows (..., cells * leaf, d + e) of the run's cells, and whether each is a key that is kept."""
-    per_chunk, leaf = tree.summaries[0].shape[1], tree.leaf
-    there = cells < limit * per_chunk
-    node = xp.where(there, cells + base * per_chunk, 0)
-    rows = runs_of(xp, tree.cells, node, leaf)
-    kept = xp.broadcast_to(there[..., None], rows.shape[:-1])
-    if tree.kept is not None:
-        kept = kept & rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), node)
-    lead = (*cells.shape[:-1], cells.shape[-1] * leaf)
-    return xp.reshape(rows, (*lead, rows.shape[-1])), xp.reshape(kept, lead)
-
-
-def _softmax(xp: Any, logits: list[Array], values: list[Array], mine: Array, own_values: Array) -> tuple[Array, Array]:
-    """One softmax over shared rows, logits (F, g, m) and values (F, m, e), and own, mine (F, g, o) and (F, g, o, e)."""
-    top = xp.max(xp.concat([*logits, mine], axis=2), axis=2)  # (F, g)
-    shift = xp.where(top == -xp.inf, 0.0, top)[..., None]
-    weight = xp.exp(mine - shift)
-    total = xp.sum(weight, axis=2)
-    out = (weight[..., None, :] @ own_values)[..., 0, :]
-    for part, value in zip(logits, values, strict=True):
-        weight = xp.exp(part - shift)
-        total = total + xp.sum(weight, axis=2)
-        out = out + weight @ value
-    seen = total != 0
-    safe = xp.where(seen, total, 1.0)
-    return out / safe[..., None], xp.where(seen, shift[..., 0] + xp.log(safe), -xp.inf)
+    k is `most`, the heaviest first. Without that bound it is what the group that wants most needs: read back.
+    """
+    count = xp.sum(xp.astype(wanted, xp.int64), axis=1)
+    width = int(xp.max(count)) if most is None else min(most, wanted.shape[1])
+    heavy = xp.where(wanted, heaviest, -xp.inf)
+    pick = top(heavy, width)
+    if most is not None:
+        wanted = wanted & (_rank(xp, heavy) < width)
+    return pick, wanted, count > width

@@ -22,4 +22,5 @@ __all__ = [
     "tree_attention",
 ]
 
-COST = Cost(read=2.0, own=60.0, split=300.0)  # fitted to benchmarks/xla.py on two cores: within a fifth of each ratio
+API_VERSION = 2  # of opoch_xp.backends
+COST = Cost(read=2.0, split=300.0)  # fitted to benchmarks/xla.py on two cores: within a fifth of each ratio

@@ -1,5 +1,10 @@
-"""The treecode's kernels in JAX: the generic twins, compiled, their groups gone through by JAX's loop."""
+"""The treecode's kernels in JAX: the generic twins, compiled, their groups gone through by JAX's loop.
 
+Shapes are static: a group opens at most `most` nodes of a level and reads at most as many cells, MOST where the method
+has no bound of its own, and all of them for rtol = 0.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,12 +14,16 @@ from opoch_xp.backends import generic
 from opoch_xp.backends.generic.tree import attend_runs, most_chunks
 from opoch_xp.backends.jax.loops import compiled, in_blocks, largest
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Lists, Tree
+from opoch_xp.treecode.tree import Lists, Part, Tree
 
 Array = Any
 
+MOST = 128  # nodes of a level and cells
+ALL = 2**62  # more than there are
+
 jax.tree_util.register_dataclass(Tree, ("cells", "order", "summaries", "counts", "kept"), ("sizes", "dim"))
-jax.tree_util.register_dataclass(Lists, ("opened", "own"), ())
+jax.tree_util.register_dataclass(Lists, ("opened", "cells", "reads"), ())
+jax.tree_util.register_dataclass(Part, ("out", "lse", "read"), ())
 
 build_tree = compiled("method")(generic.build_tree)
 query_groups = compiled("method")(generic.query_groups)
@@ -25,22 +34,24 @@ def tree_attention(
     tree: Tree,
     first: np.ndarray,
     count: np.ndarray,
-    axes: Any,
+    groups: Array,
     method: Treecode,
     *,
     scale: float,
-    groups: Array | None = None,
+    seen: Array,
     lists: Lists | None = None,
-) -> tuple[Array, Array]:
+) -> Part:
     """See opoch_xp.backends.generic.tree.tree_attention."""
-    most = 1 << (most_chunks(count) - 1).bit_length()  # few shapes: a cache that grows is compiled for few of them
-    return _attend(queries, tree, first, count, axes, scale, groups, lists, method=method, most=most)
+    chunks = 1 << (most_chunks(count) - 1).bit_length()  # few shapes: a cache that grows is compiled for few of them
+    if method.most is None:
+        method = replace(method, most=MOST if method.rtol else ALL)
+    return _attend(queries, tree, first, count, groups, scale, seen, lists, method=method, chunks=chunks)
 
 
-@compiled("method", "most")
+@compiled("method", "chunks")
 def _attend(
-    queries: Array, tree: Tree, first: Array, count: Array, axes: Any, scale: float, groups: Any, lists: Any,
-    method: Treecode, most: int,
-) -> tuple[Array, Array]:  # fmt: skip
-    run = (first, count, most)
-    return attend_runs(queries, tree, run, axes, method, scale, groups, lists, in_blocks, largest)[:2]
+    queries: Array, tree: Tree, first: Array, count: Array, groups: Array, scale: float, seen: Array, lists: Any,
+    method: Treecode, chunks: int,
+) -> Part:  # fmt: skip
+    run = (first, count, chunks)
+    return attend_runs(queries, tree, run, groups, method, scale, seen, lists, in_blocks, largest)

@@ -8,7 +8,7 @@ from opoch_xp.backends.compiled import exact
 from opoch_xp.backends.compiled import tree as trees
 from opoch_xp.backends.numpy.pool import thread_count
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Lists, Tree
+from opoch_xp.treecode.tree import Lists, Part, Tree
 
 Array = np.ndarray
 
@@ -35,15 +35,16 @@ def merge_part(out: Array, lse: Array, part: Array, part_lse: Array, start: int)
 
 
 def build_tree(
-    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None = None, order: Array | None = None
-) -> Tree:
+    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None = None, order: Array | None = None,
+    stretch: Array | None = None,
+) -> Tree:  # fmt: skip
     """See opoch_xp.backends.generic.tree.build_tree."""
-    return trees.build_tree(k, v, axes, method, mask=mask, order=order, workers=thread_count())
+    return trees.build_tree(k, v, axes, method, mask=mask, order=order, stretch=stretch, workers=thread_count())
 
 
-def query_groups(queries: Array, axes: Any, method: Treecode) -> Array:
+def query_groups(queries: Array, axes: Any, method: Treecode, *, stretch: Array | None = None) -> Array:
     """See opoch_xp.backends.generic.tree.query_groups."""
-    return trees.query_groups(queries, axes, method, thread_count())
+    return trees.query_groups(queries, axes, method, stretch=stretch, workers=thread_count())
 
 
 def tree_attention(
@@ -51,14 +52,14 @@ def tree_attention(
     tree: Tree,
     first: Array,
     count: Array,
-    axes: Any,
+    groups: Array,
     method: Treecode,
     *,
     scale: float,
-    groups: Array | None = None,
+    seen: Array,
     lists: Lists | None = None,
-) -> tuple[Array, Array]:
+) -> Part:
     """See opoch_xp.backends.generic.tree.tree_attention."""
     return trees.tree_attention(
-        queries, tree, first, count, axes, method, scale=scale, groups=groups, lists=lists, workers=thread_count()
+        queries, tree, first, count, groups, method, scale=scale, seen=seen, lists=lists, workers=thread_count()
     )

@@ -11,9 +11,12 @@ CACHED = 16384  # rows split together: 4 MB of float32 at d = 64, in the L3 cach
 PARALLEL = 65536  # rows of a node from which on its halves go to different threads
 
 
-def principal_order(x: np.ndarray, axes: Any, iterations: int, kept: np.ndarray | None) -> np.ndarray:
+def principal_order(
+    x: np.ndarray, axes: Any, iterations: int, kept: np.ndarray | None, stretch: np.ndarray | None = None
+) -> np.ndarray:
     """See opoch_xp.backends.generic.tree.principal_order. An axis is found from SAMPLE evenly spaced rows of a node."""
     tasks, n, dim = x.shape
+    x = x if stretch is None else x * stretch[:, None]
     axes = np.asarray(axes, dtype=x.dtype)
     order = np.empty((tasks, n), np.int64)
     order[...] = np.arange(n)

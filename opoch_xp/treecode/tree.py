@@ -1,13 +1,11 @@
-"""Values of the treecode: the trees of equal chunks of keys, and the lists a group of queries opens."""
+"""The trees of equal chunks of keys, what groups of queries open in them, and what is read."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from opoch_xp.arguments import to_host
-from opoch_xp.methods import Treecode
 
 Array = Any
 
@@ -58,47 +56,26 @@ class Tree:
 
 @dataclass(frozen=True)
 class Lists:
-    """What each group of queries opens. Nodes and cells are numbered from the first chunk of the group's run.
+    """What each group of queries opens. Nodes and cells are numbered from the first chunk of the group's run, -1 for
+    none.
 
-    opened: one array a level, coarsest first, (groups, nodes), the last being the near cells;
-    own (groups, rows, cells): each query's own near cells.
+    opened: one array for each level above the cells, coarsest first, (groups, nodes); cells (groups, cells): those that
+    some query of the group reads key by key; reads (groups, rows, cells) bool: which query reads which of them.
     """
 
     opened: tuple[Array, ...]
-    own: Array
+    cells: Array
+    reads: Array
 
 
-def chunk_size(method: Treecode, tier: int) -> int:
-    """Keys of a chunk of a tier."""
-    return method.block * method.fan**tier
+@dataclass(frozen=True)
+class Part:
+    """What tree_attention returns: out (T, n, d_v) and lse (T, n) of each task's queries over the keys of its chunks.
 
+    read (T, 3): sums over the queries of a task, floats: nodes looked at, keys read one by one, and queries whose group
+    met the bound `most` of the method.
+    """
 
-def level_nodes(size: int, method: Treecode) -> tuple[int, ...]:
-    """Nodes per level, finest first, of a chunk of `size` keys: cells, then `branch` to a parent, to at most `top`."""
-    nodes = [size // method.leaf]
-    while nodes[-1] > method.top:
-        nodes.append(max(1, nodes[-1] // method.branch))
-    return tuple(nodes)
-
-
-@lru_cache(1024)
-def rows_read(size: int, count: int, method: Treecode) -> dict[str, int]:
-    """Dot products a query spends on the trees of `count` chunks of `size` keys, by part."""
-    nodes = level_nodes(size, method)
-    candidates, far, picked = count * nodes[-1], 0, 0
-    for level in range(len(nodes) - 1, -1, -1):
-        far += candidates
-        picked = min(method.open if level else method.near, candidates)
-        if level:
-            candidates = picked * (nodes[level - 1] // nodes[level])
-    own = min(method.own, candidates - picked)
-    return {"far": far, "near": picked * method.leaf, "own": own * method.leaf}
-
-
-def splits(rows: int, size: int) -> int:
-    """Levels of halving that bring `rows` rows into cells of at most `size`."""
-    return max(0, (-(-rows // size) - 1).bit_length())
-
-
-def group_count(rows: int, group: int) -> int:
-    return -(-rows // group)
+    out: Array
+    lse: Array
+    read: Array
