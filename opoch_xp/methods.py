@@ -101,12 +101,12 @@ class Treecode:
 
     rtol: float = 0.05
     sinks: int = 16
-    block: int = 2048
-    fan: int = 16
+    block: int = 1024
+    fan: int = 32
     leaf: int = 16
     branch: int = 8
-    top: int = 16
-    group: int = 64
+    top: int = 8
+    group: int = 128
     least: int = 32
     most: int | None = None
     iterations: int = 4
