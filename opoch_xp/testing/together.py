@@ -18,7 +18,7 @@ from opoch_xp.testing.report import Check
 METHODS: tuple[Method, ...] = (
     Exact(),
     LSH(bits=4, tables=3),
-    Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=16, open=6, near=3, own=2),
+    Treecode(rtol=0.2, sinks=3, block=32, fan=4, leaf=4, branch=4, top=4, group=16, least=2),
 )
 TOKENS, SEEDS = 512, 4  # several tiers of the Treecode
 MORE = 1.05  # times the twins' error: what another rounding, or axes from a sample, may move it by
