@@ -9,6 +9,11 @@ from hypothesis import strategies as st
 from opoch_xp import Treecode
 
 
+def level(q: np.ndarray) -> np.ndarray:
+    """Queries of the same signs whose balance is one in every dimension, whichever of them tell it."""
+    return np.where(q < 0, -1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Call:
     """Arrays of one call and the arguments that go with them; `kept` is the key_mask or None."""

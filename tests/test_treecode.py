@@ -10,7 +10,7 @@ import oracle
 import pytest
 from conftest import Backend
 from hypothesis import given
-from inputs import Call, calls, methods
+from inputs import Call, calls, level, methods
 
 import opoch_xp as ox
 from opoch_xp import Treecode
@@ -265,11 +265,6 @@ def test_a_group_of_one_sees_nothing_of_later_tokens(backend: Backend) -> None:
             assert_close(now, was[:n], rounding(q, k, v))
         moved.append(np.abs(run(backend, q[:n], k[:n], v[:n], causal=True, method=SMALL)[0] - shared[0][:n]).max())
     assert max(moved) > 1e-6  # groups that share their lists do look ahead: the test above can fail
-
-
-def level(q: np.ndarray) -> np.ndarray:
-    """Queries of the same signs whose balance is one in every dimension, whichever of them tell it."""
-    return np.where(q < 0, -1.0, 1.0)
 
 
 def test_prefill_equals_decoding(backend: Backend) -> None:

@@ -179,7 +179,7 @@ def tree_attention(
         voters = np.ones((1, len(rows)), bool) if finite is None else alive[None, rows]
         group = Group(flat[None, rows], before[None, rows], voters, first[f : f + 1], count[f : f + 1], int(count[f]))
         with np.errstate(all="ignore"):
-            found = attend_groups_plainly(group, tree, method, scale, given, largest)[0].finished(np)
+            found = attend_groups_plainly(group, tree, method, scale, given, largest)
         out[rows], lse[rows] = found[0][0], found[1][0]
     if finite is not None:
         out[~alive], lse[~alive] = np.nan, np.nan

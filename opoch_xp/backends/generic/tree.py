@@ -257,10 +257,10 @@ def attend_runs(
     def some(q: Array, seen: Array, voters: Array, first: Array, count: Array, *given: Array) -> tuple[Array, ...]:
         group = Group(q, seen, voters, first, count, run[2])
         chosen = Lists(given[:-2], *given[-2:]) if given else None
-        state, opened = attend_groups(group, tree, method, scale, chosen, top)
+        out, lse, read, opened = attend_groups(group, tree, method, scale, chosen, top)
         if found is not None:
             found.append(opened)
-        return *state.finished(xp), state.read
+        return out, lse, read
 
     given = () if lists is None else (*lists.opened, lists.cells, lists.reads)
     step = max(1, ELEMENTS // (size * rows_at_once(tree, run[2], method)))
@@ -301,7 +301,7 @@ class Level:
     number: of the level; node (F, m): their rows in the tree's summaries of the level; rows (F, m, 2 d + e): those
     summaries; count (F, 1, m): their keys, 0 for a candidate that is none; mass and sigma2 (F, g, m): log mass, and
     variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys; opened (F, k): what is not, for
-    some query, as in `Lists`; read (F, 3): what that adds to `Part.read`.
+    some query, as in `Lists`; nodes (F,): how many there are, bounded (F,): whether `most` left something closed.
 
     Of level 0 also, for the cells (F, u) that some query reads: cells, their rows; keys (F, u * leaf, d + e); reads
     (F, g, u) bool, who reads which; logits (F, g, u * leaf), -inf where a query does not read a key.
@@ -315,7 +315,8 @@ class Level:
     sigma2: Array
     closed: Array = None
     opened: Array = None
-    read: Array = None
+    nodes: Array = None
+    bounded: Array = None
     cells: Array = None
     keys: Array = None
     reads: Array = None
@@ -325,12 +326,11 @@ class Level:
 @dataclass
 class State:
     """A softmax over what was taken in so far: the largest logit and the sum of weights (F, g), and weighted values
-    (F, g, e); read (F, 3) as in `Part`."""
+    (F, g, e)."""
 
     top: Array
     total: Array
     out: Array
-    read: Array
 
     def take(self, xp: Any, logits: Array, values: Array) -> None:
         """Rows with logits (F, g, m) and values (F, m, e)."""
@@ -351,25 +351,27 @@ class State:
 
 def attend_groups(
     group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array]
-) -> tuple[State, Lists]:
-    """One softmax over what `walk` leaves closed and the keys that are read; and what it opens."""
+) -> tuple[Array, Array, Array, Lists]:
+    """out (F, g, e) and lse (F, g) of one softmax over what `walk` leaves closed and the keys that are read; read (F, 3)
+    as in `Part`; and what is opened."""
     q, xp = group.q, array_namespace(group.q)
     lead, here = q.shape[:2], {"dtype": q.dtype, "device": device(q)}
-    state = State(
-        xp.full(lead, -xp.inf, **here),
-        xp.zeros(lead, **here),
-        xp.zeros((*lead, tree.cells.shape[2] - tree.dim), **here),
-        xp.zeros((lead[0], 3), **here),
-    )
-    opened: list[Array] = []
+    width = tree.cells.shape[2] - tree.dim
+    state = State(xp.full(lead, -xp.inf, **here), xp.zeros(lead, **here), xp.zeros((*lead, width), **here))
+    levels = []
     for level in walk(group, tree, method, scale, lists, top):
         state.take(xp, xp.where(level.closed, level.mass, -xp.inf), level.rows[..., 2 * tree.dim :])
-        state.read = state.read + level.read
-        opened.append(level.opened)
         if level.number == 0:
             state.take(xp, level.logits, level.keys[..., tree.dim :])
-            return state, Lists(tuple(opened[:-1]), opened[-1], level.reads)
-    raise AssertionError("a walk ends with level 0")
+        levels.append(level)
+    asking = xp.sum(xp.astype(group.voters, q.dtype), axis=1)
+    looked, bounded = xp.zeros_like(asking), levels[0].bounded
+    for level in levels:
+        looked, bounded = looked + level.nodes, bounded | level.bounded
+    keys = tree.leaf * xp.sum(xp.astype(levels[-1].reads & group.voters[..., None], q.dtype), axis=(1, 2))
+    read = xp.stack([asking * looked, keys, xp.where(bounded, asking, xp.zeros_like(asking))], axis=1)
+    opened = Lists(tuple(level.opened for level in levels[:-1]), levels[-1].opened, levels[-1].reads)
+    return *state.finished(xp), read, opened
 
 
 def walk(
@@ -400,13 +402,10 @@ def walk(
         if lists is not None:
             given = lists.opened[plan.depth - number] if number else lists.cells
             wanted = xp.any(candidates[..., None] == given[:, None, :], axis=2) & there
-        pick, wanted, bounded = _picked(xp, wanted, heaviest, method.most, top)
+        pick, wanted, level.bounded = _picked(xp, wanted, heaviest, method.most, top)
         taken = xp.take_along_axis(wanted, pick, axis=1)
         level.opened = xp.where(taken, xp.take_along_axis(candidates, pick, axis=1), -1)
-        asking = xp.sum(xp.astype(group.voters, q.dtype), axis=1)
-        looked = asking * xp.sum(xp.astype(there, q.dtype), axis=1)
-        nothing = xp.zeros_like(looked)
-        level.read = xp.stack([looked, nothing, xp.where(bounded, asking, nothing)], axis=1)
+        level.nodes = xp.sum(xp.astype(there, q.dtype), axis=1)
         if number:
             level.closed = xp.broadcast_to(~wanted[:, None, :], level.mass.shape)
             yield level
@@ -463,9 +462,6 @@ def _read(xp: Any, level: Level, tree: Tree, q: Array, reads: Array, pick: Array
         kept = rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), level.cells)
         sees = sees & xp.reshape(kept, (groups, 1, -1))
     level.logits = xp.where(sees, q @ xp.matrix_transpose(level.keys[..., :dim]), -xp.inf)
-    keys = leaf * xp.sum(xp.astype(level.reads, q.dtype), axis=(1, 2))
-    nothing = xp.zeros_like(keys)
-    level.read = level.read + xp.stack([nothing, keys, nothing], axis=1)
 
 
 def _log_sum(xp: Any, known: Array, mass: Array) -> Array:

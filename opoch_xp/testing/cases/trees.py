@@ -222,6 +222,8 @@ def attention_cases() -> Iterator[Case]:
     yield attention("groups alone, the last nearly empty", chosen, small, 33, [0, 2], [2, 2])
     yield attention("groups alone, larger chunks", chosen, large, 21, [0, 1], [2, 2])
     yield attention("groups alone, larger chunks and a mask", chosen, hidden, 37, [0, 3], [3, 1])
+    coarse = "of large nodes the heaviest are opened, and nothing else"
+    yield attention("large nodes", coarse, large, 21, [0, 1], [2, 2], method=replace(METHOD, rtol=0.99, least=2))
     runs = "task t reads the chunks from first[t] on, count[t] of them; none: zeros and lse -inf"
     yield attention("runs of any length", runs, small, 19, [0, 0, 2, 4, 1], [1, 4, 0, 1, 3])
     vote = "a query that is not a number spoils its own row, and opens nothing for its group"
