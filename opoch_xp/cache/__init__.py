@@ -4,6 +4,7 @@ kv         KVCache: what users call
 layout     what a cache holds, and the checks of what is given to it
 forest     keys and values in a growing forest: the treecode
 trees      the trees of one tier of it
+balances   what queries tell of how its keys are to be split
 rows       keys and values in rows, as they came: Exact and LSH
 exact      exact attention of the last tokens, for both
 groups     sequences that are alike, taken together

@@ -10,7 +10,7 @@ from array_api_compat import device, is_writeable_array
 
 from opoch_xp import index_values
 from opoch_xp.arguments import to_host
-from opoch_xp.tree import HostRows
+from opoch_xp.treecode.tree import HostRows
 
 Array = Any
 

@@ -1,8 +1,9 @@
 """Saved caches: .safetensors with keys and values in the order of tokens, and how every chunk was split.
 
 Arrays are named `sequence.piece.what`: k and v (H_kv, m, ...) of a piece, and `order` (H_kv, m) where it is a chunk
-that is in a tree. Settings and a checksum are in the metadata. Summaries are not kept: they are made from the rest.
-Nothing is trusted: kinds and sizes are checked before memory is taken, contents before they are used.
+that is in a tree; `sequence.asked` (H_kv, positions, d) and `sequence.balance` (H_kv, d), what its queries told: see
+`opoch_xp.cache.balances`. Settings and a checksum are in the metadata. Summaries are not kept: they are made from the
+rest. Nothing is trusted: kinds and sizes are checked before memory is taken, contents before they are used.
 """
 
 import json
@@ -19,13 +20,13 @@ from array_api_compat import array_namespace, device
 from opoch_xp import tensors
 from opoch_xp.arguments import DTYPES, name_of, on_host, to_host
 from opoch_xp.backends import kernels_for
-from opoch_xp.cache import forest, rows
+from opoch_xp.cache import balances, forest, rows
 from opoch_xp.cache.layout import Layout, stored_dtype
 from opoch_xp.methods import LSH, Exact, Method, Treecode, check_whole
 
 Array = Any
 FORMAT = "opoch_xp.KVCache"
-VERSION = 1
+VERSION = 2
 METHODS: dict[str, type] = {kind.__name__: kind for kind in (Exact, LSH, Treecode)}
 SMALL = 1 << 34  # bytes of open blocks that a cache may need whatever it holds,
 TIMES = 1 << 10  # or so many times what it holds
@@ -40,13 +41,15 @@ def spans_of(method: Method, length: int, done: int) -> list[Span]:
 def write(path: Path, method: Method, layout: Layout, store: Any) -> None:
     """Write a cache, whole or not at all, a piece at a time."""
     tensors.check_ending(path)
-    done = store.done if isinstance(method, Treecode) else np.zeros_like(store.lengths)
+    none = np.zeros_like(store.lengths)
+    done, asked = (store.done, store.balances.known) if isinstance(method, Treecode) else (none, none)
     settings = {
         "method": {"name": type(method).__name__, **asdict(method)},
         "dtype": name_of(layout.dtype),
         **{name: getattr(layout, name) for name in ("axes", "lead", "heads", "dim", "width")},
         "lengths": store.lengths.tolist(),
         "done": done.tolist(),
+        "asked": asked.tolist(),
     }
     text = json.dumps(settings)
     metadata = {"format": FORMAT, "version": str(VERSION), "settings": text}
@@ -62,6 +65,10 @@ def _arrays(method: Method, store: Any, done: np.ndarray, kind: str) -> Iterator
                 yield np.ascontiguousarray(to_host(x)[0].astype(kind, copy=False))
             if tier is not None:
                 yield np.ascontiguousarray(to_host(store.order(sequence, tier, start)).astype("<i4", copy=False))
+        if isinstance(method, Treecode):
+            told = store.told(sequence)
+            for x in told if done[sequence] else told[:1]:
+                yield np.ascontiguousarray(to_host(x).astype(kind, copy=False))
 
 
 class Settings:
@@ -74,10 +81,10 @@ class Settings:
             self.method: Method = METHODS[method.pop("name")](**method)
             self.dtype, self.lead = given["dtype"], tuple(given["lead"])
             self.axes, self.heads, self.dim, self.width = (given[name] for name in ("axes", "heads", "dim", "width"))
-            self.lengths, self.done = given["lengths"], given["done"]
+            self.lengths, self.done, self.asked = given["lengths"], given["done"], given["asked"]
             for name in ("axes", "heads", "dim", "width"):
                 check_whole(name, getattr(self, name), 1)
-            for name in ("lead", "lengths", "done"):
+            for name in ("lead", "lengths", "done", "asked"):
                 for number in getattr(self, name):
                     check_whole(name, number, 0, 2**48)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -87,13 +94,14 @@ class Settings:
     def _check(self, path: Path) -> None:
         fits = self.dtype in DTYPES and self.axes == max(self.axes, 2 if self.heads == 1 else 3)
         fits = fits and len(self.lead) == max(0, self.axes - 3)
-        fits = fits and prod(self.lead) == len(self.lengths) == len(self.done) > 0
+        fits = fits and prod(self.lead) == len(self.lengths) == len(self.done) == len(self.asked) > 0
         block = self.method.block if isinstance(self.method, Treecode) else 1
-        for length, done in zip(self.lengths, self.done, strict=False):
+        for length, done, asked in zip(self.lengths, self.done, self.asked, strict=False):
             if isinstance(self.method, Treecode):
                 fits = fits and done % block == 0 and max(0, length - 1) // block * block <= done <= length
+                fits = fits and asked <= min(length, balances.positions(self.method))
             else:
-                fits = fits and done == 0
+                fits = fits and done == asked == 0
         if not fits:
             raise ValueError(f"{path}: damaged: its settings do not fit one another")
 
@@ -110,13 +118,17 @@ class Settings:
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of every array, by name, in their order."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for sequence, (length, done) in enumerate(zip(self.lengths, self.done, strict=True)):
+        for sequence, (length, done, asked) in enumerate(zip(self.lengths, self.done, self.asked, strict=True)):
             for number, (tier, start, stop) in enumerate(spans_of(self.method, length, done)):
                 name, size = f"{sequence}.{number}", stop - start
                 found[f"{name}.k"] = (self.kind, (self.heads, size, self.dim))
                 found[f"{name}.v"] = (self.kind, (self.heads, size, self.width))
                 if tier is not None:
                     found[f"{name}.order"] = ("I32", (self.heads, size))
+            if isinstance(self.method, Treecode):
+                found[f"{sequence}.asked"] = (self.kind, (self.heads, asked, self.dim))
+                if done:
+                    found[f"{sequence}.balance"] = (self.kind, (self.heads, self.dim))
         return found
 
 
@@ -146,7 +158,19 @@ class Saved:
     def restore(self, layout: Layout, store: Any) -> None:
         """Fill an empty store. ValueError where keys or values are not finite, or an order is none."""
         for sequence, (length, done) in enumerate(zip(self.settings.lengths, self.settings.done, strict=True)):
-            store.restore(sequence, done, self._pieces(layout, sequence, spans_of(self.settings.method, length, done)))
+            pieces = self._pieces(layout, sequence, spans_of(self.settings.method, length, done))
+            store.restore(sequence, done, pieces, self._told(layout, sequence))
+
+    def _told(self, layout: Layout, sequence: int) -> tuple[Array, Array | None] | None:
+        """What `Forest.told` gave, of the numbers that queries and their balance can have."""
+        if not isinstance(self.settings.method, Treecode):
+            return None
+        names = [name for what in ("asked", "balance") if (name := f"{sequence}.{what}") in self.entries]
+        found = [self._read(name) for name in names]
+        if any((x < 0).any() for x in found) or any((x == 0).any() or (x > 1).any() for x in found[1:]):
+            raise ValueError(f"{self.path}: {' and '.join(names)} must be at least 0, and a balance above 0 and up to 1")
+        asked, balance = (*(layout.xp.asarray(x, device=layout.device) for x in found), None)[:2]
+        return asked, balance
 
     def _pieces(
         self, layout: Layout, sequence: int, spans: list[Span]
@@ -197,7 +221,9 @@ def opened(path: Path) -> Iterator[Saved]:
 
 def _check_room(path: Path, settings: Settings, held: int) -> None:
     """ValueError where the arrays of an empty cache would take more memory than the file accounts for."""
-    room = settings.method.block if isinstance(settings.method, Treecode) else rows.FIRST
+    room, method = rows.FIRST, settings.method
+    if isinstance(method, Treecode):
+        room = method.sinks + method.block + balances.positions(method)
     needed = 8 * len(settings.lengths) * settings.heads * room * settings.row
     if needed > max(SMALL, TIMES * held):
         raise ValueError(f"{path}: open blocks of {needed:,} bytes do not fit {held:,} bytes of cache")

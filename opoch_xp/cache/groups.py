@@ -28,21 +28,30 @@ def joined(
 ) -> Solution:
     """The outputs of one chunk after another as one of `tokens` columns, zeros where a column was not kept."""
     xp, heads = layout.xp, sequences * layout.heads
-    read: dict[str, float] = {}
-    for one in solutions:
-        for part, rows in one.rows.items():
-            read[part] = read.get(part, 0.0) + float(rows) * one.out.shape[2] / tokens
+    read, bounded = figures([(one, one.out.shape[2] / tokens) for one in solutions])
     row = nothing_seen(xp, (heads, repeat, 1), layout.width, layout.summed, layout.device)
     nothing = {"out": row[0], "lse": row[1]}
     parts = {name: [getattr(one, name) for one in solutions] for name in nothing}
     if columns is None and solutions:
         out, lse = (xp.concat(part, axis=2) for part in parts.values())
-        return Solution(out, lse, read)
+        return Solution(out, lse, read, bounded)
     place = np.zeros(tokens, np.int64)  # of each column among those kept, after a row of nothing
     place[[] if columns is None else columns] = 1 + np.arange(sum(one.out.shape[2] for one in solutions))
     index = xp.asarray(place, device=layout.device)
     out, lse = (xp.take(xp.concat([none, *parts[name]], axis=2), index, axis=2) for name, none in nothing.items())
-    return Solution(out, lse, read)
+    return Solution(out, lse, read, bounded)
+
+
+def figures(shares: list[tuple[Solution, float]]) -> tuple[dict[str, Any], Any]:
+    """Rows read by part, and the share of queries that met a bound, of solutions by their share of all queries. What
+    only the device knows stays there."""
+    read: dict[str, Any] = {}
+    bounded: Any = 0.0
+    for one, share in shares:
+        bounded = bounded + one.bounded * share
+        for part, rows in one.rows.items():
+            read[part] = read.get(part, 0.0) + rows * share
+    return read, bounded
 
 
 def together(layout: Layout, name: str, found: list[tuple[np.ndarray, Solution]]) -> Array:

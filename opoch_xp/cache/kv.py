@@ -16,7 +16,7 @@ from opoch_xp.audit import Audit, check_rows, compared
 from opoch_xp.cache import file
 from opoch_xp.cache.exact import attend_exactly, last_seen
 from opoch_xp.cache.forest import Forest
-from opoch_xp.cache.groups import entries, joined, of_columns, together
+from opoch_xp.cache.groups import entries, figures, joined, of_columns, together
 from opoch_xp.cache.layout import (
     Columns,
     Layout,
@@ -45,10 +45,15 @@ class KVCache:
     """Keys and values of one or more sequences that grow, and attention of their last tokens over all of them.
 
     With `Treecode`, the default, every chunk of keys is split and summarised once, when it fills, and a chunk of the
-    next tier takes the place of those it is made of: a step reads a few thousand rows whatever the length, and a key is
-    held once. A query's own block is exact, also when it has just filled. `Exact` and `LSH` keep rows as they came;
-    LSH hashes and sorts them anew in each call, with max_bucket fixed, by default at 256 keys or what the capacity
-    would give.
+    next tier takes the place of those it is made of: what a step reads grows slowly with the length, and a key is held
+    once. A query's own block is exact, also when it has just filled, and so are the first tokens, the sinks. `Exact` and
+    `LSH` keep rows as they came; LSH hashes and sorts them anew in each call, with max_bucket fixed, by default at 256
+    keys or what the capacity would give.
+
+    Chunks are split along what queries care about, their *balance* (opoch_xp.treecode.balance). That of a sequence is
+    fixed with its first chunk, by the queries given until then to `prefill` and to causal `attend` of the tokens of its
+    first block, up to 256; where none were, every dimension counts alike. Later queries do not change it. A crop that
+    leaves no chunk lets go of it: it is fixed anew by the queries of the tokens that stay and of those that come after.
 
     The first keys appended fix library, device, dtype and shapes: k (..., H_kv, n, d), v (..., H_kv, n, d_v), as in
     `attend`; 16 bits are kept in float32 where the kernels do not take them. Sequences of a batch may differ in length:
@@ -72,7 +77,7 @@ class KVCache:
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 1000, 8))
-    >>> cache = ox.KVCache(ox.Treecode(block=64, leaf=4, open=8, near=4, group=1))
+    >>> cache = ox.KVCache(ox.Treecode(rtol=0.2, block=64, leaf=4, group=1))
     >>> prompt = cache.prefill(q[:, :999], k[:, :999], v[:, :999])
     >>> cache.append(k[:, 999:], v[:, 999:])
     >>> step = cache.attend(q[:, 999:])
@@ -164,6 +169,10 @@ class KVCache:
         call alone. Raises ValueError before the first append, for more queries than tokens when causal, or sizes that
         do not fit; TypeError for another library or dtype.
         """
+        return self._attended(q, causal, scale, told=causal)
+
+    def _attended(self, q: Array, causal: bool, scale: float | None, told: bool) -> Attention:
+        """`attend`; told: the queries are those of the tokens, and may tell a balance."""
         layout, scale = self._ready(q, scale)
         n_q = q.shape[-2]
         if causal and n_q > len(self):
@@ -176,6 +185,8 @@ class KVCache:
             for some in self._store.alike(layout.everyone):
                 part = entries(layout, queries, layout.everyone, some)
                 found.append((some, self._solve(some, part, bool(causal), scale)))
+                if told:
+                    self._store.take_in(some, part, int(self._store.lengths[some[0]]) - n_q)
         return self._result(q, found, sum(len(some) * self._seen(some, n_q, bool(causal)) for some, _ in found))
 
     def prefill(
@@ -208,8 +219,9 @@ class KVCache:
                     solutions = []
                     for rows in self._steps(some, keys.shape[2]):
                         new = (entries(layout, x, sequences, some)[:, :, rows, :] for x in (keys, values))
-                        self._store.append(some, *new)
                         part = entries(layout, ours, sequences, some)[:, :, :, rows, :]
+                        self._store.take_in(some, part, int(self._store.lengths[some[0]]))
+                        self._store.append(some, *new)
                         solutions.append(self._solve(some, part, True, scale))
                         seen += len(some) * self._seen(some, rows.stop - rows.start, True)
                     whole = joined(layout, solutions, q.shape[-2], columns, len(some), ours.shape[2])
@@ -225,7 +237,7 @@ class KVCache:
         layout, factor = self._ready(q, scale)
         if q.shape[-2] == 0:
             raise ValueError(f"q must hold at least one query, got q {tuple(q.shape)}")
-        result = self.attend(q, causal=causal, scale=scale)
+        result = self._attended(q, causal, scale, told=False)
         xp, lead = layout.xp, (layout.batch, -1)
         queries = xp.astype(arranged_queries(layout, q), layout.summed, copy=False)
         found = []
@@ -384,6 +396,7 @@ class KVCache:
             self._layout = self._store = None
         else:
             self._crop(before)
+            self._store.forget(before)
 
     def _crop(self, lengths: np.ndarray) -> None:
         for some in list(self._store.alike(np.arange(len(lengths)))):
@@ -450,13 +463,11 @@ class KVCache:
         out, lse = (together(layout, name, found) for name in ("out", "lse"))
         out = xp.astype(xp.reshape(out, (*q.shape[:-1], layout.width)), q.dtype, copy=False)
         lse = xp.reshape(lse, q.shape[:-1])
-        read: dict[str, float] = {}
-        for some, one in found:
-            for part, rows in one.rows.items():
-                read[part] = read.get(part, 0.0) + float(rows) * len(some) / layout.batch
+        read, bounded = figures([(one, len(some) / layout.batch) for some, one in found])
         queries = max(1, layout.batch * q.shape[-2])
         passes = (f"{self.method!r} over a cache of {len(self):,} tokens",)
-        return Attention(out, lse, Report(self.method, "the cache's", read, seen / queries, passes))
+        report = Report(self.method, "the cache's", read, seen / queries, passes, met_bound=bounded)
+        return Attention(out, lse, report)
 
 
 class _Changing:

@@ -12,7 +12,7 @@ import numpy as np
 
 from opoch_xp.arguments import name_of
 from opoch_xp.backends import library
-from opoch_xp.tree import HostRows
+from opoch_xp.treecode.tree import HostRows
 
 Array = Any
 HOST = "host"

@@ -69,13 +69,19 @@ class Rows:
         """Keep the first `length` tokens."""
         self.lengths[sequences] = length
 
+    def take_in(self, sequences: np.ndarray, q: Array, first: int) -> None:
+        """Nothing is learned from queries."""
+
+    def forget(self, lengths: np.ndarray) -> None:
+        """Nothing was learned from queries."""
+
     def parts(self, sequences: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, Array, Array]]:
         """Tokens [start, stop), some at a time: the number of the first, k and v (b, heads, m, ...)."""
         for _, low, high in spans(stop, start):
             k, v = (taken(self.layout.xp, x, sequences)[:, :, low:high, :] for x in self.held)
             yield low, k, v
 
-    def restore(self, sequence: int, done: int, pieces: Iterable[tuple[Any, Array, Array, Any]]) -> None:
+    def restore(self, sequence: int, done: int, pieces: Iterable[tuple[Any, Array, Array, Any]], told: None) -> None:
         """Fill an empty sequence with what `spans` names, k and v (1, heads, m, ...)."""
         for _, k, v, _ in pieces:
             self.append(np.array([sequence]), k, v)

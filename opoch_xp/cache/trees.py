@@ -1,5 +1,6 @@
 """The trees of one tier of a growing forest."""
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,15 @@ from opoch_xp.cache.arrays import bytes_of, put, taken
 from opoch_xp.cache.layout import Layout
 from opoch_xp.cache.memory import Memory
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Tree, chunk_size, level_nodes
+from opoch_xp.treecode.plan import level_plan
+from opoch_xp.treecode.tree import Tree
 
 Array = Any
+
+
+def chunk_size(method: Treecode, tier: int) -> int:
+    """Keys of a chunk of a tier, by the tier's number."""
+    return method.block * method.fan**tier
 
 
 class Trees:
@@ -20,7 +27,8 @@ class Trees:
 
     number and size: the tier's, and the keys of its chunks. The arrays of `tree` are (rows * heads * slots, ...): a row
     holds the chunks of a sequence, one after another for each head. Sequences share a row until one of them grows:
-    row (batch,) says which row is whose.
+    row (batch,) says which row is whose. Where the method has sinks, which weigh nothing, all chunks have counts and a
+    mask of keys, so that trees are of one kind whatever they hold.
     """
 
     def __init__(
@@ -34,28 +42,30 @@ class Trees:
         self.tree = self._empty(rows, slots)
 
     def _empty(self, rows: int, slots: int) -> Tree:
-        layout, nodes = self.layout, level_nodes(self.size, self.method)
+        layout, plan = self.layout, level_plan(self.size, self.method)
         chunks, width = rows * layout.heads * slots, layout.dim + layout.width
-        zeros = self.memory.zeros
+        zeros, counts, kept = self.memory.zeros, None, None
+        if self.method.sinks:
+            counts = tuple(zeros((chunks, nodes), layout.summed, False) for nodes in plan.nodes)
+            kept = zeros((chunks, self.size), layout.xp.bool, False)
         return Tree(
             zeros((chunks, self.size, width), layout.stored, True),
             zeros((chunks, self.size), layout.xp.int32, True),
             tuple(
-                zeros((chunks, count, width + layout.dim), layout.summed, self.finest and not level)
-                for level, count in enumerate(nodes)
+                zeros((chunks, nodes, width + layout.dim), layout.summed, self.finest and not level)
+                for level, nodes in enumerate(plan.nodes)
             ),
-            tuple(self.size // count for count in nodes),
-            None,
-            None,
+            plan.sizes,
+            counts,
+            kept,
             layout.dim,
         )
 
-    def _arrays(self) -> list[Array]:
-        return [self.tree.cells, self.tree.order, *self.tree.summaries]
-
     @property
     def nbytes(self) -> int:
-        return bytes_of(*self._arrays())
+        tree = self.tree
+        hidden = () if tree.counts is None else (*tree.counts, tree.kept)
+        return bytes_of(tree.cells, tree.order, *tree.summaries, *hidden)
 
     def chunks(self, sequences: np.ndarray) -> np.ndarray:
         """Where the first chunk of each sequence and head stands, (len(sequences) * heads,)."""
@@ -81,25 +91,16 @@ class Trees:
         self.tree = self._placed(self.tree, starts, source, count)
 
     def _placed(self, tree: Tree, starts: np.ndarray, source: Tree, count: int) -> Tree:
-        xp = self.layout.xp
-        return replace(
-            tree,
-            cells=put(xp, tree.cells, starts, source.cells, count),
-            order=put(xp, tree.order, starts, source.order, count),
-            summaries=tuple(
-                put(xp, x, starts, new, count) for x, new in zip(tree.summaries, source.summaries, strict=True)
-            ),
-        )
+        """The tree with chunks of another, `count` from each of `starts` on."""
+
+        def placed(x: Array, new: Array) -> Array:
+            return put(self.layout.xp, x, starts, new, count)
+
+        return _each(placed, tree, source)
 
     def of(self, chunks: np.ndarray) -> Tree:
         """Some of the chunks, by their number, in the arrays' library."""
-        xp, tree = self.layout.xp, self.tree
-        return replace(
-            tree,
-            cells=taken(xp, tree.cells, chunks),
-            order=taken(xp, tree.order, chunks),
-            summaries=tuple(taken(xp, x, chunks) for x in tree.summaries),
-        )
+        return _each(lambda x: taken(self.layout.xp, x, chunks), self.tree)
 
     def _part(self, sequence: int, kept: int) -> None:
         """Give a sequence a row of its own, with its first `kept` chunks. Nothing changes where it raises."""
@@ -133,3 +134,15 @@ class Trees:
             new.rows, new.row = len(used), row.reshape(-1)
             new.tree = new._placed(new._empty(new.rows, self.slots), np.arange(new.rows) * each, old, each)
         return new
+
+
+def _each(function: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
+    """The tree of function(an array of `tree`, the same of each of the others)."""
+
+    def of(*arrays: Any) -> Any:
+        if isinstance(arrays[0], tuple):
+            return tuple(map(function, *arrays))
+        return None if arrays[0] is None else function(*arrays)
+
+    names = ("cells", "order", "summaries", "counts", "kept")
+    return replace(tree, **{name: of(*(getattr(one, name) for one in (tree, *others))) for name in names})

@@ -315,12 +315,12 @@ def attend_groups(
     from first[f] on; seen (N,): what they have read before.
 
     Levels are numbered from the coarsest: levels[l], the address of the summaries of level l (chunks_held * nodes[l],
-    2 d + e), nodes[l] of them a chunk, of sizes[l] keys, of which forced[l] are opened whatever they hold. counts (all
-    nodes, the coarsest level's first), finite (N,), kept (keys,): empty where all count. cells (keys, d + e).
-    thresholds: of LevelPlan, by the number of chunks; most: of the method, 0 for no bound. If `given`, the lists are read: opened_list (groups, sum of widths),
-    cell_list (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1 where there is none.
-    Writes out (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be done again, since
-    what was estimated of its nodes is so far above what they hold that float32 lost it.
+    2 d + e), nodes[l] of them a chunk, of sizes[l] keys, of which forced[l] are opened whatever they hold. counts[l],
+    the address of their counts, finite (N,), kept (keys,): empty where all count. cells (keys, d + e). thresholds: of
+    LevelPlan, by the number of chunks; most: of the method, 0 for no bound. If `given`, the lists are read: opened_list (groups, sum of widths), cell_list
+    (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1 where there is none. Writes out
+    (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be done again, since what was
+    estimated of its nodes is so far above what they hold that float32 lost it.
     """
     kind, e, depth = queries.dtype, cells.shape[1] - dim, nodes.size
     vector = VECTOR // queries.itemsize
@@ -337,13 +337,13 @@ def attend_groups(
     whole, cut, votes = np.empty(g, kind), np.empty(g, kind), np.empty(g, np.bool_)
     asked, asks = np.empty(256, np.int64), np.empty(256, np.int64)
     keys, logits, weights = np.empty((dim, lanes), kind), np.empty((READERS, lanes), kind), np.empty((READERS, lanes), kind)
-    same = np.arange(READERS)
+    same, none = np.arange(READERS), np.empty(0, kind)
     for f in range(low, high):
         count = held[f]
         load_group(queries, finite, index[f, :count], scale, seen, turned, squares, lined, votes, top, total, known)
         sums[:] = 0
         lined_sums[:] = 0
-        voters, looked, read_keys, bounded, spot, counted = 0, 0, 0, False, 0, 0
+        voters, looked, read_keys, bounded, spot = 0, 0, 0, False, 0
         for j in range(count):
             voters += votes[j]
         threshold = thresholds[chunks[f]]
@@ -358,8 +358,8 @@ def attend_groups(
             for i in range(m):
                 node[i] = first[f] * nodes[level] + number[i]
             every = chunks_held * nodes[level]
-            rows, some = array_at(levels[level], every, width, cells), counts[counted : counted + every]
-            counted += every
+            rows = array_at(levels[level], every, width, cells)
+            some = array_at(counts[level], 1, every, cells)[0] if counts.size else none
             looked += m
             old[:] = top
             log_masses(rows, node, m, some, sizes[level], dim, turned, squares, mass, may, top)

@@ -20,7 +20,7 @@ Array = Any
 
 KEYS = 1 << 13  # summarised by a task
 QUERIES = 1 << 10  # attended by a task: some ms
-NONE, NONE_KEPT = np.zeros(0), np.zeros(0, bool)
+NONE_KEPT = np.zeros(0, bool)
 NO_LIST, NO_READS = np.zeros((0, 0), np.int64), np.zeros((0, 0, 0), bool)
 
 
@@ -146,8 +146,9 @@ def tree_attention(
     task = np.arange(tasks).repeat(total)
     first, count = first.repeat(total), count.repeat(total)
     coarse = [plain(a) for a in tree.summaries[::-1]]
+    numbers = [] if tree.counts is None else [plain(a) for a in tree.counts[::-1]]
     addresses = np.array([a.ctypes.data for a in coarse])  # nothing is copied: a cache may hold more than is read
-    counts = NONE.astype(kind) if tree.counts is None else np.concatenate([a.reshape(-1) for a in tree.counts[::-1]])
+    counts = np.array([a.ctypes.data for a in numbers], np.int64)
     cells = plain(tree.cells).reshape(-1, tree.cells.shape[2])
     kept = NONE_KEPT if tree.kept is None else plain(tree.kept).reshape(-1)
     alive = NONE_KEPT if finite is None else plain(finite).reshape(-1)
