@@ -303,8 +303,7 @@ class Level:
     variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys; opened (F, k): what is not, for
     some query, as in `Lists`; nodes (F,): how many there are, bounded (F,): whether `most` left something closed.
 
-    Of level 0 also, for the cells (F, u) that some query reads: cells, their rows; keys (F, u * leaf, d + e); reads
-    (F, g, u) bool, who reads which; logits (F, g, u * leaf), -inf where a query does not read a key.
+    Of level 0 also, for the cells (F, u) that some query reads: cells, their rows; reads (F, g, u) bool, who reads what.
     """
 
     number: int
@@ -318,9 +317,7 @@ class Level:
     nodes: Array = None
     bounded: Array = None
     cells: Array = None
-    keys: Array = None
     reads: Array = None
-    logits: Array = None
 
 
 @dataclass
@@ -361,17 +358,22 @@ def attend_groups(
     levels = []
     for level in walk(group, tree, method, scale, lists, top):
         state.take(xp, xp.where(level.closed, level.mass, -xp.inf), level.rows[..., 2 * tree.dim :])
-        if level.number == 0:
-            state.take(xp, level.logits, level.keys[..., tree.dim :])
         levels.append(level)
-    asking = xp.sum(xp.astype(group.voters, q.dtype), axis=1)
+    keys, logits = cell_keys(levels[-1], tree, q * scale)
+    state.take(xp, logits, keys[..., tree.dim :])
+    opened = Lists(tuple(level.opened for level in levels[:-1]), levels[-1].opened, levels[-1].reads)
+    return *state.finished(xp), rows_read(group, tree, levels), opened
+
+
+def rows_read(group: Group, tree: Tree, levels: list[Level]) -> Array:
+    """read (F, 3) as in `Part`, of all levels of a walk."""
+    xp, dtype = array_namespace(group.q), group.q.dtype
+    asking = xp.sum(xp.astype(group.voters, dtype), axis=1)
     looked, bounded = xp.zeros_like(asking), levels[0].bounded
     for level in levels:
         looked, bounded = looked + level.nodes, bounded | level.bounded
-    keys = tree.leaf * xp.sum(xp.astype(levels[-1].reads & group.voters[..., None], q.dtype), axis=(1, 2))
-    read = xp.stack([asking * looked, keys, xp.where(bounded, asking, xp.zeros_like(asking))], axis=1)
-    opened = Lists(tuple(level.opened for level in levels[:-1]), levels[-1].opened, levels[-1].reads)
-    return *state.finished(xp), read, opened
+    keys = tree.leaf * xp.sum(xp.astype(levels[-1].reads & group.voters[..., None], dtype), axis=(1, 2))
+    return xp.stack([asking * looked, keys, xp.where(bounded, asking, xp.zeros_like(asking))], axis=1)
 
 
 def walk(
@@ -417,7 +419,11 @@ def walk(
             continue
         if lists is not None:
             wants = _reads_given(xp, lists, candidates)
-        _read(xp, level, tree, q * scale, wants & wanted[:, None, :], pick, taken)
+        reads = wants & wanted[:, None, :]
+        level.closed = ~reads
+        reads = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (*q.shape[:2], pick.shape[1])), axis=2)
+        level.reads = reads & taken[:, None, :]
+        level.cells = xp.where(taken, xp.take_along_axis(level.node, pick, axis=1), 0)
         yield level
 
 
@@ -447,21 +453,17 @@ def _reads_given(xp: Any, lists: Lists, candidates: Array) -> Array:
     return xp.take_along_axis(lists.reads, place, axis=2) & xp.any(same, axis=2)[:, None, :]
 
 
-def _read(xp: Any, level: Level, tree: Tree, q: Array, reads: Array, pick: Array, taken: Array) -> None:
-    """Completes the level of the cells: reads (F, g, m) says who reads what, pick (F, u) where the cells stand that
-    somebody reads, as far as they are `taken`; q (F, g, d), scaled."""
-    groups, g, _ = reads.shape
-    leaf, dim = tree.leaf, tree.dim
-    level.closed = ~reads
-    level.reads = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (groups, g, pick.shape[1])), axis=2)
-    level.reads = level.reads & taken[:, None, :]
-    level.cells = xp.where(taken, xp.take_along_axis(level.node, pick, axis=1), 0)
-    level.keys = xp.reshape(runs_of(xp, tree.cells, level.cells, leaf), (groups, -1, tree.cells.shape[2]))
-    sees = xp.repeat(level.reads, leaf, axis=2)
+def cell_keys(level: Level, tree: Tree, q: Array) -> tuple[Array, Array]:
+    """The keys (F, u * leaf, d + e) of the cells that some query reads, of level 0 of a walk, and their logits
+    (F, g, u * leaf), -inf where a query does not read a key; q (F, g, d), scaled."""
+    xp = array_namespace(q)
+    keys = runs_of(xp, tree.cells, level.cells, tree.leaf)
+    keys = xp.reshape(keys, (q.shape[0], level.cells.shape[1] * tree.leaf, tree.cells.shape[2]))
+    sees = xp.repeat(level.reads, tree.leaf, axis=2)
     if tree.kept is not None:
-        kept = rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), level.cells)
-        sees = sees & xp.reshape(kept, (groups, 1, -1))
-    level.logits = xp.where(sees, q @ xp.matrix_transpose(level.keys[..., :dim]), -xp.inf)
+        kept = rows_of(xp, xp.reshape(tree.kept, (-1, tree.leaf)), level.cells)
+        sees = sees & xp.reshape(kept, (q.shape[0], 1, keys.shape[1]))
+    return keys, xp.where(sees, q @ xp.matrix_transpose(keys[..., : tree.dim]), -xp.inf)
 
 
 def _log_sum(xp: Any, known: Array, mass: Array) -> Array:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from opoch_xp.backends.torch.scratch import Scratch
-from opoch_xp.methods import Treecode
-from opoch_xp.tree import group_count, splits
 
 SAMPLE = 128  # rows of a node that its axis is found from: a median split does not need it to be finer
 CACHED = 16384  # rows split together on the CPU: 4 MB of float32 at d = 64, in the L3 cache
 
 
-def principal_order(x: Tensor, axes: Any, iterations: int, kept: Tensor | None) -> Tensor:
+def principal_order(
+    x: Tensor, axes: Any, iterations: int, kept: Tensor | None, stretch: Tensor | None = None
+) -> Tensor:
     """See opoch_xp.backends.generic.tree.principal_order. An axis is found from SAMPLE evenly spaced rows of a node."""
     tasks, n, _ = x.shape
+    x = x if stretch is None else x * stretch[:, None]
     starts = torch.as_tensor(axes, dtype=x.dtype).to(x.device, non_blocking=True)
     cached = CACHED if x.device.type == "cpu" else max(1, x[..., 0].numel())
     scratch = Scratch(x)
@@ -35,31 +36,6 @@ def principal_order(x: Tensor, axes: Any, iterations: int, kept: Tensor | None) 
     for t in range(tasks):
         _descend(x[t], None if kept is None else kept[t], order[t], starts, iterations, scratch)
     return order
-
-
-def query_groups(queries: Tensor, axes: Any, method: Treecode) -> Tensor:
-    """See opoch_xp.backends.generic.tree.query_groups."""
-    tasks, n, dim = queries.shape
-    total = group_count(n, method.group)
-    size = n if total == 1 else method.group
-    padded = size << splits(n, size)
-    if size == 1:  # nothing is shared: any order will do
-        return torch.arange(n, device=queries.device).expand(tasks, n)
-    queries = finite_rows(queries)[0]
-    if padded == n:
-        return principal_order(queries, axes, method.iterations, None)
-    rows = torch.cat([queries, queries.new_zeros(tasks, padded - n, dim)], 1)
-    kept = (torch.arange(padded, device=queries.device) < n).expand(tasks, padded)
-    order = principal_order(rows, axes, method.iterations, kept)[:, : total * size]
-    return torch.cat([order[:, :-size], order[:, -size:].sort(1).values], 1)  # padding last: its numbers are largest
-
-
-def finite_rows(queries: Tensor) -> tuple[Tensor, Tensor | None]:
-    """queries (T, n, d) with rows that are not finite zeroed, and which are finite (T, n); None says all, on a CPU."""
-    if queries.device.type == "cpu" and bool(torch.isfinite(queries.sum())):
-        return queries, None
-    finite = torch.isfinite((queries * 0).sum(-1))
-    return torch.where(finite[..., None], queries, 0.0), finite
 
 
 def _descend(x: Tensor, kept: Tensor | None, order: Tensor, starts: Tensor, iterations: int, scratch: Scratch) -> None:
