@@ -6,6 +6,7 @@
 import mmap
 import os
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import array_api_compat.numpy as namespace
@@ -21,25 +22,21 @@ import opoch_xp as ox
 from opoch_xp import backends, workloads
 from opoch_xp.backends import cupy as plugin
 from opoch_xp.backends import generic, kernels_for
-from opoch_xp.backends.cupy import launch, search, split
+from opoch_xp.backends.cupy import launch, search, split, tree
 from opoch_xp.backends.cupy.launch import INSTANCES, instances
 from opoch_xp.backends.generic.tree import tree_lists
-from opoch_xp.forest import directions
 from opoch_xp.testing import check_backend
-from opoch_xp.tree import splits
+from opoch_xp.treecode.forest import directions
+from opoch_xp.treecode.law import excess, log_mass
+from opoch_xp.treecode.plan import splits
 
 RACES = os.environ.get("OPOCH_EMULATE") == "threads"
 LAUNCHED: set[str] = set()
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+SMALL = ox.Treecode(rtol=0.1, sinks=3, block=16, fan=4, leaf=4, branch=2, top=2, group=9, least=2)
 smallest = pytest.mark.smallest
 each_method = pytest.mark.parametrize(
-    "method",
-    [
-        ox.Exact(),
-        ox.LSH(bits=4, tables=3),
-        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
-    ],
-    ids=lambda method: type(method).__name__,
+    "method", [ox.Exact(), ox.LSH(bits=4, tables=3), SMALL], ids=lambda method: type(method).__name__
 )
 
 
@@ -186,25 +183,27 @@ def test_exact_attention_by_tensor_cores(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("own", [0, 2])
+@pytest.mark.parametrize("rtol", [0.0, 0.1])
 @pytest.mark.parametrize(("dim", "width", "n"), HALF_WIDTHS)
-def test_tree_by_tensor_cores(dim: int, width: int, n: int, own: int, dtype: str, emulated: Emulator) -> None:
-    method = ox.Treecode(block=16, leaf=4, branch=2, top=2, group=9, open=2, near=2, own=own)
+def test_tree_by_tensor_cores(dim: int, width: int, n: int, rtol: float, dtype: str, emulated: Emulator) -> None:
+    method = replace(SMALL, rtol=rtol)
     k, v = halves(dtype, 3, 64, dim), halves(dtype, 3, 64, width, seed=1)
     wide = k.astype(np.float32), v.astype(np.float32)
-    axes, query_axes = directions(0, 0, 0, 4, dim), directions(0, 0, 1, splits(n, 9), dim)
-    mine = plugin.build_tree(k, v, axes, method)
+    axes, stretch = directions(0, 0, 0, 4, dim), halves(dtype, 3, dim, seed=3)
+    mine = plugin.build_tree(k, v, axes, method, stretch=stretch)
     assert mine.cells.dtype == k.dtype
     theirs = generic.build_tree(*wide, axes, method, order=mine.order)
     np.testing.assert_array_equal(mine.cells.astype(np.float32), theirs.cells)
     queries = halves(dtype, 2, n, dim, seed=2)
     queries[0, 1, 0] = np.nan
-    given = np.asarray([0, 1]), np.asarray([3, 1]), query_axes, method
-    groups = plugin.query_groups(queries, query_axes, method)
-    lists = tree_lists(queries.astype(np.float32), theirs, *given, scale=0.3, groups=groups)
-    more = {"scale": 0.3, "groups": groups, "lists": lists}
-    right = generic.tree_attention(queries.astype(np.float32), theirs, *given, **more)
-    close_16(plugin.tree_attention(queries, mine, *given, **more), right, v)
+    groups = plugin.query_groups(queries, directions(0, 0, 1, splits(n, 9), dim), method)
+    given = np.asarray([0, 1]), np.asarray([3, 1]), groups, method
+    more = {"scale": 0.8 / dim**0.5, "seen": normal(4, 2, n, dtype="float32")}
+    lists = tree_lists(queries.astype(np.float32), theirs, *given, **more)
+    right = generic.tree_attention(queries.astype(np.float32), theirs, *given, lists=lists, **more)
+    ours = plugin.tree_attention(queries, mine, *given, lists=lists, **more)
+    close_16((ours.out, ours.lse), (right.out, right.lse), v)
+    close(ours.read, right.read, "float32")
     assert any(f"attend_lists<{launch.HALVES[dtype]}," in name for name in emulated.launched)
 
 
@@ -218,67 +217,85 @@ def test_16_bits_without_tensor_cores_are_widened(arch: int, dim: int, monkeypat
     wide = [x.astype(np.float32) for x in (q, k, v)]
     ours = plugin.exact_attention(q, k, v, **given)
     close(ours[0], generic.exact_attention(*wide, **given)[0], "float32")
-    method = ox.Treecode(block=4, leaf=2, group=4, open=2, near=1, own=1)
-    axes = directions(0, 0, 0, 2, dim)
-    tree = plugin.build_tree(k[:, :8], v[:, :8], axes, method)
-    assert tree.cells.dtype == np.float32
-    out, _ = plugin.tree_attention(q[0], tree, np.asarray([0]), np.asarray([1]), axes, method, scale=0.3)
-    assert out.dtype == np.float32
+    method = ox.Treecode(rtol=0.0, block=4, leaf=2, top=2, group=9)
+    built = plugin.build_tree(k[:, :8], v[:, :8], directions(0, 0, 0, 2, dim), method)
+    assert built.cells.dtype == np.float32
+    given = np.asarray([0]), np.asarray([1]), np.arange(9)[None], method
+    part = plugin.tree_attention(q[0], built, *given, scale=0.3, seen=np.zeros((1, 9), np.float32))
+    right = generic.exact_attention(wide[0], wide[1][:, :8], wide[2][:, :8], causal=False, scale=0.3)
+    close(part.out, right[0][0], "float32")
 
 
-METHODS = [
+METHODS = [  # and the keys of a chunk, queries of a task, and head sizes
     pytest.param(
-        ox.Treecode(block=8, leaf=2, branch=2, top=2, group=2, open=1, near=1, own=1), 8, 3, 2, 2, marks=smallest
+        ox.Treecode(rtol=0.1, block=8, leaf=2, branch=2, top=2, group=2, least=1), 8, 3, 2, 2, marks=smallest
     ),
-    (ox.Treecode(block=16, leaf=4, branch=2, top=2, group=5, open=2, near=2, own=2), 64, 23, 3, 4),
-    (ox.Treecode(block=16, leaf=1, branch=4, top=4, group=37, open=3, near=0, own=0, iterations=0), 64, 40, 18, 100),
-    (ox.Treecode(block=16, leaf=2, branch=2, top=4, group=8, open=4, near=3, own=0), 32, 19, 6, 35),
-    (ox.Treecode(block=16, leaf=2, branch=4, top=2, group=8, open=2, near=3, own=0), 32, 8, 16, 20),
-    (ox.Treecode(block=12, leaf=3, branch=2, top=8, group=1, open=2, near=3, own=9), 96, 5, 8, 70),
-    (ox.Treecode(block=16, leaf=2, branch=2, top=2, group=4, open=99, near=20, own=3), 64, 33, 8, 40),
+    (SMALL, 64, 23, 3, 4),
+    (replace(SMALL, group=37, leaf=1, top=4, branch=4, iterations=0), 64, 40, 18, 100),
+    (replace(SMALL, rtol=0.3, leaf=2, top=4, most=5), 32, 19, 6, 35),
+    (replace(SMALL, rtol=0.0, most=3, least=9), 128, 8, 16, 20),  # everything is wanted
+    (replace(SMALL, rtol=0.0, branch=4), 64, 33, 8, 40),
+    (replace(SMALL, block=12, leaf=3, top=8, group=1), 96, 5, 8, 70),
+    (replace(SMALL, block=192, leaf=96, top=1), 192, 5, 3, 9),  # a cell is more than a tile
+    (replace(SMALL, block=1024, leaf=1, top=512, least=300), 1024, 3, 2, 3),  # more candidates than threads
+    (replace(SMALL, block=16, leaf=2, top=8), 16, 20, 4, 5),  # the coarsest nodes are the cells
 ]
+RUNS = np.asarray([0, 1, 0, 2]), np.asarray([3, 2, 0, 1])
+
+
+def trees_of(method: ox.Treecode, size: int, dim: int, width: int, dtype: str, masked: bool) -> tuple[Any, Any]:
+    """The plugin's trees of three chunks, and the twin's in the same order."""
+    k, v = normal(0, 3, size, dim).astype(dtype), normal(1, 3, size, width).astype(dtype)
+    mask = np.random.default_rng(5).random((3, size)) < 0.6 if masked else None
+    if mask is not None:
+        mask[1] = False
+        k, v = k * mask[..., None], v * mask[..., None]
+    axes = directions(0, 0, 0, splits(size, method.leaf), dim)
+    mine = plugin.build_tree(k, v, axes, method, mask=mask, stretch=np.abs(normal(2, 3, dim)) + 0.1)
+    return mine, generic.build_tree(k, v, axes, method, mask=mask, order=mine.order)
+
+
+def queries_of(method: ox.Treecode, n: int, dim: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries of four tasks, two of them not finite; their groups, by the plugin; and what they read before."""
+    queries, seen = normal(6, 4, n, dim).astype(dtype), 3 * normal(7, 4, n).astype(dtype)
+    seen[:, ::3] = -np.inf
+    if n > 4:
+        queries[0, 1] = np.inf
+        queries[2, 2, 0] = np.nan
+    axes = directions(0, 0, 1, splits(n, method.group), dim)
+    return queries, plugin.query_groups(queries, axes, method, stretch=np.abs(normal(8, 4, dim)) + 0.1), seen
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("method", "size", "n", "dim", "width"), METHODS)
 def test_tree(method: ox.Treecode, size: int, n: int, dim: int, width: int, dtype: str, masked: bool) -> None:
-    """Given the same order, groups and lists: equal to rounding. The kernels' own choices are judged by themselves."""
-    chunks = 3
-    k, v = normal(0, chunks, size, dim).astype(dtype), normal(1, chunks, size, width).astype(dtype)
-    mask = np.random.default_rng(5).random((chunks, size)) < 0.6 if masked else None
-    if mask is not None:
-        mask[1] = False
-        k, v = k * mask[..., None], v * mask[..., None]
-    axes = directions(0, 0, 0, splits(size, method.leaf), dim)
-    mine = plugin.build_tree(k, v, axes, method, mask=mask)
+    """Given the same order, groups and lists: equal to rounding; in float64 also by decisions of its own."""
+    mine, theirs = trees_of(method, size, dim, width, dtype, masked)
     assert (np.sort(mine.order, axis=1) == np.arange(size)).all()
-    theirs = generic.build_tree(k, v, axes, method, mask=mask, order=mine.order)
     for one, other in zip((mine.cells, *mine.summaries), (theirs.cells, *theirs.summaries), strict=True):
         close(one, other, dtype)
     if masked:
         for one, other in zip((mine.kept, *mine.counts), (theirs.kept, *theirs.counts), strict=True):
             np.testing.assert_array_equal(one, other)
 
-    queries, query_axes = normal(6, 4, n, dim).astype(dtype), directions(0, 0, 1, splits(n, method.group), dim)
-    if n > 4:
-        queries[0, 1] = np.inf
-        queries[2, 2, 0] = np.nan
-    first, count = np.asarray([0, 1, 0, 2]), np.asarray([3, 2, 0, 1])
-    groups = plugin.query_groups(queries, query_axes, method)
+    queries, groups, seen = queries_of(method, n, dim, dtype)
     np.testing.assert_array_equal(
         np.sort(np.where(groups < n, groups, n), axis=1)[:, :n], np.arange(n)[None].repeat(4, 0)
     )
-    given = (first, count, query_axes, method)
-    lists = tree_lists(queries, theirs, *given, scale=0.8, groups=groups)
-    right = generic.tree_attention(queries, theirs, *given, scale=0.8, groups=groups, lists=lists)
-    ours = plugin.tree_attention(queries, theirs, *given, scale=0.8, groups=groups, lists=lists)
-    close(ours[0], right[0], dtype)
-    close(ours[1], right[1], dtype)
-    if dtype == "float64":  # no rounding flips a pick
-        chosen = plugin.tree_attention(queries, theirs, *given, scale=0.8, groups=groups)
-        close(chosen[0], right[0], dtype)
-        close(chosen[1], right[1], dtype)
+    given, more = (*RUNS, groups, method), {"scale": 1.5, "seen": seen}
+    lists = tree_lists(queries, theirs, *given, **more)
+    right = generic.tree_attention(queries, theirs, *given, lists=lists, **more)
+    parts = [plugin.tree_attention(queries, theirs, *given, lists=lists, **more)]
+    if dtype == "float64":  # no rounding flips a decision
+        right = generic.tree_attention(queries, theirs, *given, **more)
+        parts.append(plugin.tree_attention(queries, theirs, *given, **more))
+    for ours in parts:
+        close(ours.out, right.out, dtype)
+        close(ours.lse, right.lse, dtype)
+        np.testing.assert_array_equal(ours.read[:, :2], right.read[:, :2])
+    if dtype == "float64":
+        np.testing.assert_array_equal(parts[1].read[:, 2] > 0, right.read[:, 2] > 0)
 
 
 def test_the_splits_are_median_splits_by_the_principal_axis() -> None:
