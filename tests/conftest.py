@@ -165,6 +165,11 @@ def module(name: str, **members: Any) -> ModuleType:
     return made
 
 
+def plugin_module(name: str, **members: Any) -> ModuleType:
+    """A plugin that states the version of the contract in force, if no other."""
+    return module(name, **{"API_VERSION": registry.API_VERSION, **members})
+
+
 def _forget() -> None:
     """What the registry has read of the plugins."""
     for cached in (registry._found, registry._kernels, registry.kernels_for):

@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
+import oracle
 from hypothesis import strategies as st
 
 from opoch_xp import Treecode
+
+
+def level(q: np.ndarray) -> np.ndarray:
+    """Queries of the same signs whose balance is one in every dimension, whichever of them tell it."""
+    return np.where(q < 0, -1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,16 @@ class Call:
             kept = None if self.kept is None else self.kept[index[:-1]]
             found.append((index, self.q[index], self.k[key], self.v[key], kept))
         return found
+
+
+    def balance(self, index: tuple[int, ...], method: Treecode) -> np.ndarray:
+        """w (d,) of the key head that a query head reads."""
+        if not index:
+            return oracle.known(self.q[None], self.k.shape[-2], self.causal, method)
+        repeat = self.q.shape[-3] // self.k.shape[-3]
+        first = index[-1] // repeat * repeat
+        queries = self.q[index[:-1]][first : first + repeat]
+        return oracle.known(queries, self.k.shape[-2], self.causal, method)
 
 
 @st.composite
@@ -54,15 +70,16 @@ def methods(draw: st.DrawFn) -> Treecode:
     """Any Treecode whose blocks are short enough for `calls` to have several tiers."""
     leaf = draw(st.integers(1, 4))
     return Treecode(
+        rtol=draw(st.sampled_from([0.02, 0.1, 0.5])),
+        sinks=draw(st.integers(0, 5)),
         block=leaf * 2 ** draw(st.integers(0, 3)),
         fan=draw(st.sampled_from([2, 4])),
         leaf=leaf,
         branch=draw(st.sampled_from([2, 4])),
         top=draw(st.integers(1, 8)),
         group=draw(st.integers(1, 9)),
-        open=draw(st.integers(1, 6)),
-        near=draw(st.integers(0, 4)),
-        own=draw(st.integers(0, 4)),
+        least=draw(st.integers(0, 4)),
+        most=draw(st.sampled_from([None, None, 1, 3])),
         iterations=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 3)),
     )

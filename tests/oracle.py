@@ -47,6 +47,21 @@ def levels_of(rows: int, size: int) -> int:
     return int(np.ceil(np.log2(max(1, np.ceil(rows / size)))))
 
 
+def balance(q: np.ndarray) -> np.ndarray:
+    """w (d,) of queries (..., d): q / w and k * w have the same products; not finite queries count as zeros."""
+    q = np.where(np.isfinite(q).all(-1, keepdims=True), q, 0).reshape(-1, q.shape[-1])
+    mean = ((q / (np.abs(q).max() or 1)) ** 2).mean(0)
+    return np.maximum(mean / mean.max(), 1e-4) ** 0.25 if mean.max() > 0 else np.ones(len(mean))
+
+
+def known(q: np.ndarray, n_k: int, causal: bool, method: Treecode) -> np.ndarray:
+    """The balance of a key head's queries (heads, n_q, d), told by the first of them; ones where none may tell it."""
+    rows = min(256, q.shape[1])
+    if causal and method.group == 1:
+        rows = min(rows, method.block) if q.shape[1] >= n_k else 0
+    return balance(q[:, :rows]) if rows else np.ones(q.shape[2])
+
+
 def project(x: np.ndarray, start: np.ndarray, iterations: int, kept: np.ndarray) -> np.ndarray:
     """Projections of rows x (r, d) on the principal axis of the kept ones; the others are +inf, to sort last."""
     centred = np.where(kept[:, None], x - x[kept].sum(0) / max(1, kept.sum()), 0)
@@ -116,55 +131,78 @@ def trees(k: np.ndarray, v: np.ndarray, kept: np.ndarray, orders: list[np.ndarra
         nodes = max(1, nodes // method.branch)
 
 
-def log_mass(q: np.ndarray, node: Level, among: np.ndarray, scale: float) -> np.ndarray:
-    """Mean field plus the free energy of `count` Gaussian energies, with its freezing transition; -inf for no key."""
-    log = np.log(np.maximum(node.count[among], 1))
-    sigma = np.sqrt(scale**2 * (q * q) @ node.var[among].T)
-    free = log + sigma**2 / 2 - np.maximum(0, sigma - np.sqrt(2 * log)) ** 2 / 2
-    return np.where(node.count[among] > 0, scale * (q @ node.mean[among].T) + free, -np.inf)
+def log_mass(q: np.ndarray, node: Level, among: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The law of few keys, (r, m): the expected log of what the keys of each node hold of each query, and three standard
+    deviations more than that, less where the keys are alike; -inf for no key."""
+    count = np.maximum(node.count[among], 1)
+    log, sigma2 = np.log(count), scale**2 * (q * q) @ node.var[among].T
+    gain = log * (0.92 + 0.067 * log) * (np.sqrt(1 + sigma2 / (1 + 0.26 * log) ** 2) - 1)
+    s, p2 = 1 / (1 + 0.25 * log), (1.2 + 0.4 * log) ** 2
+    deviation = np.sqrt((s**2 * sigma2**2 + p2 * sigma2 / count) / (sigma2 + p2))
+    mass = np.where(node.count[among] > 0, scale * (q @ node.mean[among].T) + log + gain, -np.inf)
+    return mass, mass + 3 * deviation + np.log(np.clip(np.sqrt(sigma2), 1e-15, 1))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one group of queries got from a run of chunks: out, lse, the nodes opened (coarsest first, the last the near
-    cells), each query's own cells (r, own), and the rows each query read."""
+    """What one group of queries got from a run of chunks: out, lse, the nodes opened of each level above the cells
+    (coarsest first), the cells that some query reads and which reads which (r, cells), and the rows each query read,
+    nodes and keys (r, 2)."""
 
     out: np.ndarray
     lse: np.ndarray
     opened: list[np.ndarray]
-    own: np.ndarray
-    rows: int
+    cells: np.ndarray
+    reads: np.ndarray
+    rows: np.ndarray
+
+
+def log_sum(parts: list[np.ndarray]) -> np.ndarray:
+    """ln of the sum of exp over all columns of the parts (r, .)."""
+    return softmax(np.concatenate(parts, axis=1), np.zeros((sum(part.shape[1] for part in parts), 0)))[1]
 
 
 def read_trees(
-    q: np.ndarray, tree: list[Level], k: np.ndarray, v: np.ndarray, kept: np.ndarray, scale: float, method: Treecode
-) -> Reading:
-    """One group of queries q (r, d) against the levels of a run of chunks over keys k."""
-    candidates, norm, logits, values, opened, rows = np.arange(len(tree[-1].count)), -np.inf, [], [], [], 0
+    q: np.ndarray, tree: list[Level], k: np.ndarray, v: np.ndarray, kept: np.ndarray, scale: float, method: Treecode,
+    seen: np.ndarray, votes: np.ndarray | None = None,
+) -> Reading:  # fmt: skip
+    """One group of queries q (r, d), which have read a log mass seen (r,), against the levels of a run of chunks.
+
+    votes (r,) bool: the queries that may open something.
+    """
+    votes = np.ones(len(q), bool) if votes is None else votes
+    candidates, logits, values, opened, rows = np.arange(len(tree[-1].count)), [seen[:, None]], [], [], 0
+    threshold = -np.inf if method.rtol == 0 else np.log(method.rtol / np.sqrt(len(candidates)))
     for depth in reversed(range(len(tree))):
-        mass = log_mass(q, tree[depth], candidates, scale)
+        mass, may = log_mass(q, tree[depth], candidates, scale)
         rows += len(candidates)
-        norm = np.maximum(norm, softmax(mass, np.zeros((len(candidates), 0)))[1][:, None])
-        share = np.exp(mass - np.where(np.isneginf(norm), 0, norm)).sum(0)
-        pick = np.argsort(-share, kind="stable")[: method.open if depth else method.near]
-        rest = np.setdiff1d(np.arange(len(candidates)), pick)
+        full = tree[depth].count[candidates] > 0
+        with np.errstate(invalid="ignore"):  # of a query that knows of nothing
+            share = may - log_sum([*logits, mass])[:, None]
+        wanted = votes[:, None] & full & (share > threshold)
+        heavy = np.where(full, np.where(votes[:, None], share, -np.inf).max(0, initial=-np.inf), -np.inf)
+        pick = wanted.any(0)
+        if depth and tree[depth].members.shape[1] > method.block // method.top:
+            pick[np.argsort(-heavy, kind="stable")[: method.least]] = True
+            pick &= full
+        if method.most is not None:
+            bound = np.argsort(np.where(pick, -heavy, np.inf), kind="stable")[: method.most]
+            pick &= np.isin(np.arange(len(pick)), bound)
+        if not depth:
+            break
         opened.append(candidates[pick])
-        if depth:
-            logits.append(mass[:, rest])
-            values.append(tree[depth].value[candidates[rest]])
-            children = len(tree[depth - 1].count) // len(tree[depth].count)
-            candidates = (opened[-1][:, None] * children + np.arange(children)).reshape(-1)
-    shared = tree[0].members[opened[-1]].reshape(-1)
-    mass, left = mass[:, rest], candidates[rest]
-    best = np.argsort(-mass, axis=1, kind="stable")[:, : method.own]
-    out, lse = np.empty((len(q), v.shape[1])), np.empty(len(q))
-    for i in range(len(q)):
-        keys = np.concatenate([shared, tree[0].members[left[best[i]]].reshape(-1)])
-        far = np.delete(np.arange(len(left)), best[i])
-        exact = np.where(kept[keys], scale * (k[keys] @ q[i]), -np.inf)
-        row = np.concatenate([*(part[i] for part in logits), mass[i, far], exact])
-        (out[i],), (lse[i],) = softmax(row[None], np.concatenate([*values, tree[0].value[left[far]], v[keys]]))
-    return Reading(out, lse, opened, left[best], rows + len(shared) + best.shape[1] * method.leaf)
+        logits.append(mass[:, ~pick])
+        values.append(tree[depth].value[candidates[~pick]])
+        children = len(tree[depth - 1].count) // len(tree[depth].count)
+        candidates = (opened[-1][:, None] * children + np.arange(children)).reshape(-1)
+    reads = wanted & pick
+    members = tree[0].members[candidates[pick]]  # (cells, leaf)
+    keys = members.reshape(-1)
+    exact = np.where(np.repeat(reads[:, pick], members.shape[1], 1) & kept[keys], scale * (q @ k[keys].T), -np.inf)
+    logits = [*logits[1:], np.where(reads, -np.inf, mass), exact]
+    out, lse = softmax(np.concatenate(logits, 1), np.concatenate([*values, tree[0].value[candidates], v[keys]]))
+    spent = np.stack([np.full(len(q), rows), reads.sum(1) * members.shape[1]], axis=1)
+    return Reading(out, lse, opened, candidates[pick], reads[:, pick], spent)
 
 
 def merge(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,36 +214,41 @@ def merge(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
 
 def treecode(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, method: Treecode, axes: Axes, *, causal: bool = False,
-    scale: float | None = None, kept: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """out (n_q, e), lse (n_q,) and the rows read by each query (n_q,)."""
+    scale: float | None = None, kept: np.ndarray | None = None, w: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:  # fmt: skip
+    """out (n_q, e), lse (n_q,) and the rows read by each query (n_q,), by part; w (d,) is the balance of the key head, by
+    default that of this query head alone."""
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
     n_q, n_k, scale = len(q), len(k), q.shape[1] ** -0.5 if scale is None else scale
     kept = np.ones(n_k, bool) if kept is None else kept
+    w = known(q[None], n_k, causal, method) if w is None else w
     position = np.arange(n_q) + (n_k - n_q if causal else 0)
     block = position // method.block * method.block if causal else np.full(n_q, n_k // method.block * method.block)
     local = visible(n_q, n_k, causal) & (np.arange(n_k) >= block[:, None])
-    logits = np.where(local & kept, scale * (q @ k.T), -np.inf)
-    parts, read = [softmax(logits, v)], local.sum(1)
+    sinks = np.flatnonzero(kept)[: method.sinks]
+    first = np.isin(np.arange(n_k), sinks) & (np.arange(n_k) < block[:, None]) & (position >= 0)[:, None]
+    inside = kept & ~np.isin(np.arange(n_k), sinks)  # what the trees hold
+    out, lse = softmax(np.where((local & kept) | first, scale * (q @ k.T), -np.inf), v)
+    rows = {"local": local.sum(1), "sinks": first.sum(1), "nodes": np.zeros(n_q), "keys": np.zeros(n_q)}
     size, tier = method.block, 0
     while size <= n_k:
-        out, lse = np.zeros((n_q, v.shape[1])), np.full(n_q, -np.inf)
         chunk = np.where(position >= 0, position // size, 0) if causal else np.full(n_q, n_k // size)
-        order = cache_orders(k, kept, axes, tier, size, method)
+        order = cache_orders(k * w, inside, axes, tier, size, method)
         for c in np.unique(chunk):
-            first, rows = c // method.fan * method.fan, np.flatnonzero((chunk == c) & (position >= 0))
-            if first == c or not len(rows):
+            first, members = c // method.fan * method.fan, np.flatnonzero((chunk == c) & (position >= 0))
+            if first == c or not len(members):
                 continue
             base = first * size
-            tree = trees(k[base:], v[base:], kept[base:], [order(i) for i in range(first, c)], method)
-            start = axes(method.seed, tier, 1, levels_of(len(rows), method.group))
-            for group in query_groups(q[rows], start, method):
-                part = read_trees(q[rows[group]], tree, k[base:], v[base:], kept[base:], scale, method)
-                out[rows[group]], lse[rows[group]] = part.out, part.lse
-                read[rows[group]] += part.rows
-        parts.append((out, lse))
+            tree = trees(k[base:], v[base:], inside[base:], [order(i) for i in range(first, c)], method)
+            start = axes(method.seed, tier, 1, levels_of(len(members), method.group))
+            for group in query_groups(q[members] / w, start, method):
+                at = members[group]
+                part = read_trees(q[at], tree, k[base:], v[base:], inside[base:], scale, method, lse[at])
+                out[at], lse[at] = merge([(out[at], lse[at]), (part.out, part.lse)])
+                rows["nodes"][at] += part.rows[:, 0]
+                rows["keys"][at] += part.rows[:, 1]
         size, tier = size * method.fan, tier + 1
-    return *merge(parts), read
+    return out, lse, rows
 
 
 def cache_orders(
@@ -225,6 +268,6 @@ def cache_orders(
 
 def axes_for(dim: int) -> Axes:
     """The directions that the library draws, for keys of `dim` dimensions."""
-    from opoch_xp.forest import directions
+    from opoch_xp.treecode.forest import directions
 
     return partial(directions, dim=dim)

@@ -22,7 +22,7 @@ def main() -> None:
     assert {".py", ".typed", ".cu", ".cuh"} <= held, f"the wheel holds {sorted(held)}"
 
     q, k, v = byte_model.heads(n=1024)
-    tree = ox.Treecode(block=64, open=4, near=2, own=1)
+    tree = ox.Treecode(rtol=0.3, block=64)
     exact = ox.attention(q, k, v, causal=True, method=ox.Exact())
     for method in (tree, ox.LSH(bits=4, tables=4, window=64)):
         error = np.linalg.norm(ox.attention(q, k, v, causal=True, method=method) - exact) / np.linalg.norm(exact)

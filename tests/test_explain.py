@@ -7,14 +7,14 @@ import oracle
 import pytest
 from conftest import Backend
 from hypothesis import example, given
-from inputs import Call, calls, methods
+from inputs import Call, calls, level, methods
 
 import opoch_xp as ox
 from opoch_xp import Treecode
-from opoch_xp.testing import MANY, assert_close, qkv, rounding
+from opoch_xp.testing import assert_close, qkv, rounding
 
-SMALL = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=8, open=6, near=3, own=2)
-PARTS = ("local", "far", "near", "own")
+SMALL = Treecode(rtol=0.2, sinks=3, block=32, fan=4, leaf=4, branch=4, top=4, group=8, least=2)
+PARTS = ("local", "sinks", "nodes", "keys")
 
 
 def explained(backend: Backend, q: Any, k: Any, v: Any, **keywords: Any) -> Any:
@@ -26,8 +26,8 @@ def explained(backend: Backend, q: Any, k: Any, v: Any, **keywords: Any) -> Any:
 @given(call=calls(), method=methods())
 @example(
     call=Call(np.ones((1, 1)), np.ones((2, 1)), np.ones((2, 1)), np.array([False, True]), False, None),
-    method=Treecode(block=1, fan=2, leaf=1, branch=2, top=1, group=1, open=1, near=1, own=1),
-)  # a cell without keys weighs as little as the cell that the group took
+    method=Treecode(sinks=0, block=1, fan=2, leaf=1, branch=2, top=1, group=1),
+)  # a cell without keys
 def test_parts_make_up_the_row(backend: Backend, call: Call, method: Treecode) -> None:
     keywords = {"causal": call.causal, "scale": call.scale, "key_mask": call.kept, "method": method}
     mask = None if call.kept is None else backend.array(call.kept)
@@ -55,24 +55,25 @@ def test_entries_are_the_keys_and_nodes_that_they_name(backend: Backend) -> None
     for entry in found.entries:
         logits = k[1, entry.keys] @ q[1, 290] / 8**0.5
         assert_close(entry.value, v[1, entry.keys].mean(0), rounding(q, k, v))
-        if entry.part == "far":
-            sigma2 = k[1, entry.keys].var(0) @ q[1, 290] ** 2 / 8
-            frozen = 2 * np.log(len(entry.keys))
-            free = frozen / 2 + sigma2 / 2 if sigma2 < frozen else np.sqrt(frozen * sigma2)
-            assert_close(entry.log_mass, logits.mean() + free, rounding(q, k, v))
+        if entry.part == "nodes":
+            node = oracle.level(k[1], v[1], np.ones(300, bool), entry.keys[None])
+            mass = oracle.log_mass(q[1, 290:291], node, np.array([0]), 8**-0.5)[0][0, 0]
+            assert_close(entry.log_mass, mass, rounding(q, k, v))
         else:
             assert_close(entry.log_mass, logits[0], rounding(q, k, v))
         assert entry.share == pytest.approx(np.exp(entry.log_mass - found.lse))
     tally = {part: sum(entry.part == part for entry in found.entries) for part in PARTS}
     assert tally["local"] == 290 % 32 + 1
-    assert tally["near"] == 2 * SMALL.near * SMALL.leaf  # position 290 = 2 * 128 + 1 * 32 + 2: it reads both tiers
-    assert tally["own"] == 2 * SMALL.own * SMALL.leaf
+    assert tally["sinks"] == SMALL.sinks
+    assert tally["keys"] % SMALL.leaf == 0  # position 290 = 2 * 128 + 1 * 32 + 2: it reads both tiers
+    assert {entry.tier for entry in found.entries if entry.part == "nodes"} == {0, 1}
     shares = [entry.share for entry in found.entries]
     assert shares == sorted(shares, reverse=True)
 
 
 def test_heads_by_number_or_by_index(backend: Backend) -> None:
     q, k, v = qkv(1, 80, lead=(2, 4), key_lead=(2, 2))
+    q = level(q)  # alone, a query head tells another balance than with those that share its keys
     by_number = explained(backend, q, k, v, row=70, head=6, method=SMALL, causal=True)
     by_index = explained(backend, q, k, v, row=70, head=(1, 2), method=SMALL, causal=True)
     alone = explained(backend, q[1, 2], k[1, 1], v[1, 1], row=70, method=SMALL, causal=True)
@@ -84,18 +85,18 @@ def test_heads_by_number_or_by_index(backend: Backend) -> None:
 
 def test_everything_opened_holds_exact_weights(backend: Backend) -> None:
     q, k, v = qkv(2, 150)
-    full = Treecode(block=32, fan=2, leaf=4, branch=4, top=8, group=8, open=MANY, near=MANY)
+    full = Treecode(rtol=0.0, block=32, fan=2, leaf=4, branch=4, top=8, group=8)
     found = explained(backend, q, k, v, row=149, method=full)
     weight = np.exp(k @ q[149] / 8**0.5)
     for entry in found.entries:
         assert len(entry.keys) == 1
         assert entry.share == pytest.approx(weight[entry.keys[0]] / weight.sum())
-    assert found.share("far") == 0
+    assert found.share("nodes") == 0
 
 
 def test_later_rows_do_not_matter_to_a_group_of_one(backend: Backend) -> None:
     q, k, v = qkv(3, 200)
-    method = Treecode(block=32, fan=4, leaf=4, branch=4, top=8, group=1, open=6, near=3, own=2)
+    method = Treecode(rtol=0.2, sinks=3, block=32, fan=4, leaf=4, branch=4, top=4, group=1, least=2)
     whole = explained(backend, q, k, v, row=100, method=method, causal=True)
     part = explained(backend, q[:101], k[:101], v[:101], row=100, method=method, causal=True)
     assert [(e.part, e.tier, e.keys.tolist()) for e in part.entries] == [

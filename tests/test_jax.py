@@ -17,7 +17,7 @@ from opoch_xp.backends import kernels_for  # noqa: E402
 from opoch_xp.cli.rows import arrays_of  # noqa: E402
 from opoch_xp.testing import assert_close, check_backend, relative_error, rounding  # noqa: E402
 
-SMALL = ox.Treecode(block=16, leaf=4, fan=4, branch=2, top=2, group=8, open=3, near=2, own=2)
+SMALL = ox.Treecode(rtol=0.2, sinks=3, block=16, leaf=4, fan=4, branch=2, top=2, group=8, least=2)
 METHODS = (SMALL, ox.Exact())
 KEPT = jnp.asarray(np.random.default_rng(2).random((2, 130)) < 0.8)
 
@@ -94,7 +94,7 @@ def test_lower_precision_goes_in_and_comes_out(dtype: str) -> None:
 
 def test_few_shapes_are_traced_whatever_the_length() -> None:
     """The loops are loops: four times the tokens in as many tiers are the same program but for its sizes."""
-    method = ox.Treecode(block=16, leaf=4, fan=64, branch=2, top=2, group=8, open=3, near=2, own=2)
+    method = ox.Treecode(sinks=3, block=16, leaf=4, fan=64, branch=2, top=2, group=8, most=4)
 
     def program(n: int) -> int:
         traced = jax.jit(lambda *a: ox.attention(*a, causal=True, method=method)).trace(*[jnp.zeros((n, 6))] * 3)
@@ -138,7 +138,7 @@ def test_a_cache_of_fixed_capacity_compiles_for_few_shapes() -> None:
     """Steps compile where a tier gets its first chunk or twice as many; between, nothing, whatever the length."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((heads, 200, 8))) for heads in (4, 2, 2))
-    method = ox.Treecode(block=8, leaf=4, fan=16, branch=2, top=2, group=1, open=3, near=2, own=0)
+    method = ox.Treecode(rtol=0.1, sinks=3, block=8, leaf=4, fan=16, branch=2, top=2, group=1, most=8)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None

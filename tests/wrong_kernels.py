@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -181,16 +182,16 @@ def tree_without_splits(build: Kernel, k: Any, v: Any, axes: Any, method: Any, *
 
 @twin("build_tree")
 def tree_that_splits_hidden_keys(
-    build: Kernel, k: Any, v: Any, axes: Any, method: Any, *, mask: Any = None, order: Any = None
+    build: Kernel, k: Any, v: Any, axes: Any, method: Any, *, mask: Any = None, order: Any = None, stretch: Any = None
 ) -> Any:
     if order is None:
-        order = build(k, v, axes, method).order
+        order = build(k, v, axes, method, stretch=stretch).order
     return build(k, v, axes, method, mask=mask, order=order)
 
 
 @twin("query_groups")
-def groups_without_the_last(group: Kernel, queries: Any, axes: Any, method: Any) -> Any:
-    groups = group(queries, axes, method)
+def groups_without_the_last(group: Kernel, queries: Any, axes: Any, method: Any, **options: Any) -> Any:
+    groups = group(queries, axes, method, **options)
     return strict.where(groups == queries.shape[1] - 1, 0, groups)
 
 
@@ -204,15 +205,45 @@ def trees_one_chunk_later(
 
 @twin("tree_attention")
 def trees_biased(attend: Kernel, *given: Any, **options: Any) -> Any:
-    out, lse = attend(*given, **options)
-    return out, lse + 0.01
+    part = attend(*given, **options)
+    return replace(part, lse=part.lse + 0.01)
 
 
 @twin("tree_attention")
-def trees_with_votes_of_padding(attend: Kernel, queries: Any, *given: Any, groups: Any = None, **options: Any) -> Any:
-    if groups is not None:
-        groups = strict.where(groups < queries.shape[1], groups, queries.shape[1] - 1)
-    return attend(queries, *given, groups=groups, **options)
+def trees_with_votes_of_padding(
+    attend: Kernel, queries: Any, tree: Any, first: Any, count: Any, groups: Any, *given: Any, **options: Any
+) -> Any:
+    groups = strict.where(groups < queries.shape[1], groups, queries.shape[1] - 1)
+    return attend(queries, tree, first, count, groups, *given, **options)
+
+
+@twin("tree_attention")
+def trees_of_nothing_seen(attend: Kernel, *given: Any, seen: Any, **options: Any) -> Any:
+    return attend(*given, seen=strict.full_like(seen, -strict.inf), **options)
+
+
+@twin("tree_attention")
+def trees_of_group_reads(attend: Kernel, *given: Any, lists: Any = None, **options: Any) -> Any:
+    if lists is not None:
+        lists = replace(lists, reads=strict.ones_like(lists.reads))
+    return attend(*given, lists=lists, **options)
+
+
+@twin("tree_attention")
+def trees_without_large_nodes(
+    attend: Kernel, queries: Any, tree: Any, first: Any, count: Any, groups: Any, method: Any, **options: Any
+) -> Any:
+    return attend(queries, tree, first, count, groups, replace(method, least=0), **options)
+
+
+@twin("query_groups")
+def groups_not_stretched(group: Kernel, *given: Any, stretch: Any = None) -> Any:
+    return group(*given)
+
+
+@twin("build_tree")
+def tree_not_stretched(build: Kernel, *given: Any, stretch: Any = None, **options: Any) -> Any:
+    return build(*given, **options)
 
 
 @twin("sort_tables")
@@ -285,6 +316,11 @@ WRONG = [
     (trees_one_chunk_later, f"tree_attention: reads the chunks after those of the task: {OFF_BY_ONE}"),
     (trees_biased, "tree_attention: lse is too large by 0.01 everywhere: biased"),
     (trees_with_votes_of_padding, "tree_attention: padding of the groups votes, as the last query"),
+    (trees_of_nothing_seen, "tree_attention: does not look at what was seen before"),
+    (trees_of_group_reads, "tree_attention: every query reads all cells of its group"),
+    (trees_without_large_nodes, "tree_attention: opens no large node for its size"),
+    (groups_not_stretched, "query_groups: nodes are not halved at the median"),
+    (tree_not_stretched, "build_tree: nodes are not halved at the median"),
     (tables_with_ties_reversed, "sort_tables: equal codes do not come by position"),
     (candidates_without_limit, "find_candidates: ignores limit"),
     (search_with_ties_reversed, "search_buckets: equal scores do not come by place"),

@@ -11,7 +11,7 @@ from opoch_xp.backends import generic, namespace
 from opoch_xp.buckets import Tables
 from opoch_xp.testing.arrays import Library
 from opoch_xp.testing.compare import difference
-from opoch_xp.tree import Lists, Tree
+from opoch_xp.treecode.tree import Lists, Part, Tree
 
 Array = Any
 Parts = dict[str, Any]  # outputs or arguments, by name
@@ -23,7 +23,6 @@ OUTPUTS = {
     "hash_codes": ("codes",),
     "bucket_attention": ("out", "lse", "read"),
     "query_groups": ("groups",),
-    "tree_attention": ("out", "lse"),
     "merge_part": ("out", "lse"),
     "find_candidates": ("offsets", "places"),
     "search_buckets": ("places", "scores"),
@@ -61,7 +60,7 @@ def is_array(value: Any) -> bool:
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The arrays, and whatever else, that a value is made of, by name: "tree.summaries[0]"."""
-    if isinstance(value, Tree | Tables | Lists):
+    if isinstance(value, Tree | Tables | Lists | Part):
         for field in fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
     elif isinstance(value, tuple):
@@ -115,7 +114,7 @@ class Made:
         if isinstance(value, Call):
             return Made(value, self._kernels, self._library, self._dtype).result()
         if isinstance(value, Lists):
-            return Lists(self._of(value.opened, name), self._of(value.own, name))
+            return Lists(*(self._of(part, name) for part in (value.opened, value.cells, value.reads)))
         if isinstance(value, tuple):
             return tuple(self._of(part, name) for part in value)
         if not isinstance(value, np.ndarray):

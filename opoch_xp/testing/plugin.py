@@ -43,7 +43,7 @@ def _accepts(kernels: Any) -> str:
 def _cost(cost: Any) -> str:
     if not isinstance(cost, Cost):
         return f"is {cost!r}, not an opoch_xp.cost.Cost"
-    return "" if min(cost.read, cost.own, cost.split) > 0 else f"is {cost!r}"
+    return "" if min(cost.read, cost.split) > 0 else f"is {cost!r}"
 
 
 def _thread_count(kernels: Any) -> str:

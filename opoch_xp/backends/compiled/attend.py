@@ -32,6 +32,7 @@ Array = Any
 
 READERS = 4  # queries that read a cell at a time
 FEW = 4  # queries for which the keys of a cell are not worth turning
+LOST = 1e-20  # a sum of weights: what fell below the smallest number is still nothing beside it
 LARGEST = 1e20  # sum of weights relative to the maximum that was estimated, far within float32
 NEGLIGIBLE = 1e-9  # of a query's largest weight: a node that holds less for every query is not looked at again
 
@@ -318,7 +319,8 @@ def attend_groups(
     nodes, the coarsest level's first), finite (N,), kept (keys,): empty where all count. cells (keys, d + e). rtol and
     most: of the method, most 0 for no bound. If `given`, the lists are read: opened_list (groups, sum of widths),
     cell_list (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1 where there is none.
-    Writes out (N, e), lse (N,) and read (groups, 3).
+    Writes out (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be done again, since
+    what was estimated of its nodes is so far above what they hold that float32 lost it.
     """
     kind, e, depth = queries.dtype, cells.shape[1] - dim, nodes.size
     vector = VECTOR // queries.itemsize
@@ -445,3 +447,6 @@ def attend_groups(
                 used += -(-asking // READERS) * READERS
         finish(sums, lined_sums, total, top, index[f, :count], sums_turned, out, lse)
         read[f, 0], read[f, 1], read[f, 2] = looked * voters, read_keys, voters if bounded else 0
+        for j in range(count):
+            if votes[j] and total[j] < LOST and top[j] > seen[index[f, j]]:
+                read[f, 3] = 1

@@ -9,7 +9,8 @@ from opoch_xp.backends.compiled.attend import attend_groups
 from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.compiled.split import principal_order
 from opoch_xp.backends.compiled.vector import compiled
-from opoch_xp.backends.generic.tree import grouped_rows
+from opoch_xp.backends.generic.tree import Group, grouped_rows, largest
+from opoch_xp.backends.generic.tree import attend_groups as attend_groups_plainly
 from opoch_xp.methods import Treecode
 from opoch_xp.threads import share
 from opoch_xp.treecode.plan import group_count, level_plan
@@ -155,7 +156,7 @@ def tree_attention(
     if len(heavy) > 1:
         heavy = heavy[np.argsort(-count[heavy], kind="stable")]  # the longest first
     index, held, first, count = (np.ascontiguousarray(x[heavy]) for x in (index, held, first, count))
-    read = np.zeros((len(heavy), 3))
+    read = np.zeros((len(heavy), 4))
     opened, cell_list, reads, widths = NO_LIST, NO_LIST, NO_READS, [0] * plan.depth
     if lists is not None:
         widths = [a.shape[1] for a in lists.opened]
@@ -172,8 +173,16 @@ def tree_attention(
         )  # fmt: skip
 
     share(work, range(0, len(index), step), workers)
+    for f in np.flatnonzero(read[:, 3]).tolist():
+        rows = index[f, : held[f]]
+        given = None if lists is None else Lists(tuple(a[heavy[f : f + 1]] for a in lists.opened), cell_list[f : f + 1], reads[f : f + 1, : held[f]])
+        voters = np.ones((1, len(rows)), bool) if finite is None else alive[None, rows]
+        group = Group(flat[None, rows], before[None, rows], voters, first[f : f + 1], count[f : f + 1], int(count[f]))
+        with np.errstate(all="ignore"):
+            found = attend_groups_plainly(group, tree, method, scale, given, largest)
+        out[rows], lse[rows] = found[0][0], found[1][0]
     if finite is not None:
         out[~alive], lse[~alive] = np.nan, np.nan
     spent = np.zeros((tasks, 3), kind)
-    np.add.at(spent, task[heavy], read)
+    np.add.at(spent, task[heavy], read[:, :3])
     return Part(out.reshape(tasks, n, width), lse.reshape(tasks, n), spent)

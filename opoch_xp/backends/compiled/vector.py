@@ -22,6 +22,7 @@ Array = Any
 FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 VECTOR = 64  # bytes
 LOWEST = -80.0  # exp of less counts as zero: no denormal numbers, which cost a hundred times as much
+LOWEST_DOUBLE = -700.0  # the same in float64: the inverse of a sum of weights is finite
 HIGHEST = 88.0  # exp of more is infinite in float32
 WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))  # registers for two vectors a row
 # e**x = 2**n e**r, |r| <= ln 2 / 2: a polynomial in r, Cephes' expf, S. L. Moshier, 1992
@@ -151,7 +152,8 @@ class Vectors:
     def exponential(self, x: Any) -> Any:
         """See `exponential`."""
         if self.size == 8:
-            return self._each("exp", x)
+            low = self.builder.fcmp_ordered("<", x, self.constant(LOWEST_DOUBLE))
+            return self.builder.select(low, self.constant(0.0), self._each("exp", x))
         builder, integers = self.builder, ir.VectorType(ir.IntType(32), self.width)
         y = self.smaller(self.larger(x, self.constant(LOWEST)), self.constant(HIGHEST))
         n = self._call("floor", self.fma(y, self.constant(1.44269504), self.constant(0.5)))
@@ -268,7 +270,7 @@ def _as_float(typing: Any, bits: Any) -> Any:
 @overload(exponential)
 def _exponential(x: Any) -> Any:
     def double(x: Any) -> Any:
-        return math.exp(x)
+        return 0.0 if x < LOWEST_DOUBLE else math.exp(x)
 
     if x != types.float32:
         return double

@@ -257,10 +257,10 @@ def attend_runs(
     def some(q: Array, seen: Array, voters: Array, first: Array, count: Array, *given: Array) -> tuple[Array, ...]:
         group = Group(q, seen, voters, first, count, run[2])
         chosen = Lists(given[:-2], *given[-2:]) if given else None
-        state, opened = attend_groups(group, tree, method, scale, chosen, top)
+        out, lse, read, opened = attend_groups(group, tree, method, scale, chosen, top)
         if found is not None:
             found.append(opened)
-        return *state.finished(xp), state.read
+        return out, lse, read
 
     given = () if lists is None else (*lists.opened, lists.cells, lists.reads)
     step = max(1, ELEMENTS // (size * rows_at_once(tree, run[2], method)))
@@ -300,9 +300,11 @@ class Level:
 
     number: of the level; node (F, m): their rows in the tree's summaries of the level; rows (F, m, 2 d + e): those
     summaries; count (F, 1, m): their keys, 0 for a candidate that is none; mass and sigma2 (F, g, m): log mass, and
-    variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys. At level 0, of the cells
-    (F, u) that some query reads: cells, their rows; keys (F, u * leaf, d + e); logits (F, g, u * leaf), -inf where a
-    query does not read a key.
+    variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys; opened (F, k): what is not, for
+    some query, as in `Lists`; nodes (F,): how many there are, bounded (F,): whether `most` left something closed.
+
+    Of level 0 also, for the cells (F, u) that some query reads: cells, their rows; keys (F, u * leaf, d + e); reads
+    (F, g, u) bool, who reads which; logits (F, g, u * leaf), -inf where a query does not read a key.
     """
 
     number: int
@@ -311,21 +313,24 @@ class Level:
     count: Array
     mass: Array
     sigma2: Array
-    closed: Array
+    closed: Array = None
+    opened: Array = None
+    nodes: Array = None
+    bounded: Array = None
     cells: Array = None
     keys: Array = None
+    reads: Array = None
     logits: Array = None
 
 
 @dataclass
 class State:
     """A softmax over what was taken in so far: the largest logit and the sum of weights (F, g), and weighted values
-    (F, g, e); read (F, 3) as in `Part`."""
+    (F, g, e)."""
 
     top: Array
     total: Array
     out: Array
-    read: Array
 
     def take(self, xp: Any, logits: Array, values: Array) -> None:
         """Rows with logits (F, g, m) and values (F, m, e)."""
@@ -346,102 +351,117 @@ class State:
 
 def attend_groups(
     group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array]
-) -> tuple[State, Lists]:
-    """The walk of `walk`, and one softmax over what is left closed and the keys that are read."""
+) -> tuple[Array, Array, Array, Lists]:
+    """out (F, g, e) and lse (F, g) of one softmax over what `walk` leaves closed and the keys that are read; read (F, 3)
+    as in `Part`; and what is opened."""
     q, xp = group.q, array_namespace(group.q)
     lead, here = q.shape[:2], {"dtype": q.dtype, "device": device(q)}
-    state = State(
-        xp.full(lead, -xp.inf, **here),
-        xp.zeros(lead, **here),
-        xp.zeros((*lead, tree.cells.shape[2] - tree.dim), **here),
-        xp.zeros((lead[0], 3), **here),
-    )
-    found: list[Array] = []
-    for level in walk(group, tree, method, scale, lists, top, found, state):
+    width = tree.cells.shape[2] - tree.dim
+    state = State(xp.full(lead, -xp.inf, **here), xp.zeros(lead, **here), xp.zeros((*lead, width), **here))
+    levels = []
+    for level in walk(group, tree, method, scale, lists, top):
         state.take(xp, xp.where(level.closed, level.mass, -xp.inf), level.rows[..., 2 * tree.dim :])
         if level.number == 0:
             state.take(xp, level.logits, level.keys[..., tree.dim :])
-    return state, Lists(tuple(found[:-2]), *found[-2:])
+        levels.append(level)
+    asking = xp.sum(xp.astype(group.voters, q.dtype), axis=1)
+    looked, bounded = xp.zeros_like(asking), levels[0].bounded
+    for level in levels:
+        looked, bounded = looked + level.nodes, bounded | level.bounded
+    keys = tree.leaf * xp.sum(xp.astype(levels[-1].reads & group.voters[..., None], q.dtype), axis=(1, 2))
+    read = xp.stack([asking * looked, keys, xp.where(bounded, asking, xp.zeros_like(asking))], axis=1)
+    opened = Lists(tuple(level.opened for level in levels[:-1]), levels[-1].opened, levels[-1].reads)
+    return *state.finished(xp), read, opened
 
 
 def walk(
-    group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array],
-    found: list[Array], state: State | None = None,
-) -> Iterator[Level]:  # fmt: skip
+    group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array]
+) -> Iterator[Level]:
     """The levels of the trees from the coarsest on, for groups of queries: what of each is opened and what stays closed.
 
-    Appends to `found` the nodes that each group opens, level by level, then the cells and who reads them; counts into
-    `state.read` what was looked at.
+    top: as in `attend_runs`.
     """
     q, xp = group.q, array_namespace(group.q)
-    here, dim, plan = device(q), tree.dim, level_plan(tree.cells.shape[1], method)
-    groups, leaf = q.shape[0], tree.leaf
-    base, limit = (xp.asarray(a, device=here)[:, None] for a in (group.first, group.count))
-    threshold = xp.astype(xp.asarray([plan.threshold(n, method.rtol) for n in range(group.widest + 1)], device=here), q.dtype)
-    threshold = xp.take(threshold, xp.asarray(group.count, device=here))[:, None, None]
-    candidates = xp.broadcast_to(xp.arange(group.widest * plan.nodes[-1], device=here), (groups, group.widest * plan.nodes[-1]))
-    there = candidates < limit * plan.nodes[-1]
-    voters, known = group.voters[..., None], group.seen
-    scaled = q * scale
-    square = scaled * scaled
+    here, plan = device(q), level_plan(tree.cells.shape[1], method)
+    count, voters, known = xp.asarray(group.count, device=here), group.voters[..., None], group.seen
+    thresholds = [plan.threshold(chunks, method.rtol) for chunks in range(group.widest + 1)]
+    threshold = xp.take(xp.asarray(thresholds, dtype=q.dtype, device=here), count)[:, None, None]
+    candidates = xp.arange(group.widest * plan.nodes[-1], device=here)[None, :]
+    candidates = xp.broadcast_to(candidates, (q.shape[0], candidates.shape[1]))
+    there = candidates < count[:, None] * plan.nodes[-1]
     for number in range(plan.depth, -1, -1):
-        node = xp.where(there, candidates + base * plan.nodes[number], 0)
-        rows = runs_of(xp, tree.summaries[number], node, 1)[..., 0, :]
-        if tree.counts is None:
-            count = xp.full(node.shape, float(tree.sizes[number]), dtype=q.dtype, device=here)
-        else:
-            count = rows_of(xp, xp.reshape(tree.counts[number], (-1,)), node)
-        count = xp.where(there, count, 0.0)[:, None, :]
-        sigma2 = square @ xp.matrix_transpose(rows[..., dim : 2 * dim])
-        mass = log_mass(scaled @ xp.matrix_transpose(rows[..., :dim]), sigma2, count)
-        whole = _log_sum(xp, known, mass)
-        share = mass + excess(sigma2, count) - whole[..., None]  # of the query's mass, what a node may hold
-        wants = voters & (count > 0) & (share > threshold)
-        heaviest = xp.max(xp.where(voters & (count > 0), share, -xp.inf), axis=1)  # (F, m)
-        wanted, full = xp.any(wants, axis=1), count[:, 0, :] > 0
+        level = _looked_at(xp, group, tree, number, plan.nodes[number], candidates, there, scale)
+        full = level.count[:, 0, :] > 0
+        whole = _log_sum(xp, known, level.mass)
+        share = level.mass + excess(level.sigma2, level.count) - xp.where(whole == -xp.inf, 0.0, whole)[..., None]
+        share = xp.where(voters & full[:, None, :], share, -xp.inf)  # of the query's mass, what a node may hold
+        wants, heaviest = share > threshold, xp.max(share, axis=1)
+        wanted = xp.any(wants, axis=1)
         if plan.forced[number]:
             wanted = wanted | (full & (_rank(xp, heaviest) < plan.forced[number]))
         if lists is not None:
             given = lists.opened[plan.depth - number] if number else lists.cells
             wanted = xp.any(candidates[..., None] == given[:, None, :], axis=2) & there
-        pick, wanted, bounded = _picked(xp, wanted, heaviest, method.most, top)
+        pick, wanted, level.bounded = _picked(xp, wanted, heaviest, method.most, top)
         taken = xp.take_along_axis(wanted, pick, axis=1)
-        chosen = xp.where(taken, xp.take_along_axis(candidates, pick, axis=1), -1)
-        if state is not None:
-            looked = xp.astype(xp.sum(xp.astype(there, xp.int64), axis=1), q.dtype)
-            asking = xp.astype(xp.sum(xp.astype(group.voters, xp.int64), axis=1), q.dtype)
-            zero = xp.zeros_like(looked)
-            state.read = state.read + xp.stack([looked * asking, zero, xp.where(bounded, asking, zero)], axis=1)
-        found.append(chosen)
+        level.opened = xp.where(taken, xp.take_along_axis(candidates, pick, axis=1), -1)
+        level.nodes = xp.sum(xp.astype(there, q.dtype), axis=1)
         if number:
-            closed = xp.broadcast_to(~wanted[:, None, :], mass.shape)
-            yield Level(number, node, rows, count, mass, sigma2, closed)
-            known = _log_sum(xp, known, xp.where(closed, mass, -xp.inf))
+            level.closed = xp.broadcast_to(~wanted[:, None, :], level.mass.shape)
+            yield level
+            known = _log_sum(xp, known, xp.where(level.closed, level.mass, -xp.inf))
             below = plan.children(number)
-            candidates = xp.reshape(chosen[..., None] * below + xp.arange(below, device=here), (groups, -1))
+            candidates = level.opened[..., None] * below + xp.arange(below, device=here)
+            candidates = xp.reshape(candidates, (q.shape[0], -1))
             there = xp.repeat(taken, below, axis=1)
             continue
-        reads = wants & wanted[:, None, :]
-        if lists is None:
-            given = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (*q.shape[:2], pick.shape[1])), axis=2)
-        else:
-            place = xp.argmax(xp.astype(lists.cells[:, None, :] == candidates[..., None], xp.int8), axis=2)  # (F, m)
-            reads = xp.take_along_axis(lists.reads, xp.broadcast_to(place[:, None, :], mass.shape), axis=2)
-            reads = reads & wanted[:, None, :]
-            given = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (*q.shape[:2], pick.shape[1])), axis=2)
-        given = given & taken[:, None, :]
-        found.append(given)
-        cells = xp.where(taken, xp.take_along_axis(node, pick, axis=1), 0)
-        keys = xp.reshape(runs_of(xp, tree.cells, cells, leaf), (groups, -1, tree.cells.shape[2]))
-        open_ = xp.repeat(given, leaf, axis=2)
-        if tree.kept is not None:
-            kept = rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), cells)
-            open_ = open_ & xp.reshape(kept, (groups, 1, -1))
-        logits = xp.where(open_, scaled @ xp.matrix_transpose(keys[..., :dim]), -xp.inf)
-        if state is not None:
-            read = xp.astype(xp.sum(xp.astype(given & voters, xp.int64), axis=(1, 2)) * leaf, q.dtype)
-            state.read = state.read + xp.stack([xp.zeros_like(read), read, xp.zeros_like(read)], axis=1)
-        yield Level(0, node, rows, count, mass, sigma2, ~reads, cells, keys, logits)
+        if lists is not None:
+            wants = _reads_given(xp, lists, candidates)
+        _read(xp, level, tree, q * scale, wants & wanted[:, None, :], pick, taken)
+        yield level
+
+
+def _looked_at(
+    xp: Any, group: Group, tree: Tree, number: int, nodes: int, candidates: Array, there: Array, scale: float
+) -> Level:
+    """The candidates (F, m) of a level of `nodes` nodes a chunk, those that are there: their summaries and masses."""
+    q, dim, here = group.q * scale, tree.dim, device(group.q)
+    node = xp.where(there, candidates + xp.asarray(group.first, device=here)[:, None] * nodes, 0)
+    rows = runs_of(xp, tree.summaries[number], node, 1)[..., 0, :]
+    if tree.counts is None:
+        count = xp.full(node.shape, float(tree.sizes[number]), dtype=q.dtype, device=here)
+    else:
+        count = rows_of(xp, xp.reshape(tree.counts[number], (-1,)), node)
+    count = xp.where(there, count, 0.0)[:, None, :]
+    sigma2 = (q * q) @ xp.matrix_transpose(rows[..., dim : 2 * dim])
+    return Level(number, node, rows, count, log_mass(q @ xp.matrix_transpose(rows[..., :dim]), sigma2, count), sigma2)
+
+
+def _reads_given(xp: Any, lists: Lists, candidates: Array) -> Array:
+    """Which query reads which of the candidate cells (F, m), by the lists: (F, g, m)."""
+    groups, g, cells = lists.reads.shape
+    if cells == 0:
+        return xp.zeros((groups, g, candidates.shape[1]), dtype=xp.bool, device=device(candidates))
+    same = lists.cells[:, None, :] == candidates[..., None]  # (F, m, u)
+    place = xp.broadcast_to(xp.argmax(xp.astype(same, xp.int8), axis=2)[:, None, :], (groups, g, same.shape[1]))
+    return xp.take_along_axis(lists.reads, place, axis=2) & xp.any(same, axis=2)[:, None, :]
+
+
+def _read(xp: Any, level: Level, tree: Tree, q: Array, reads: Array, pick: Array, taken: Array) -> None:
+    """Completes the level of the cells: reads (F, g, m) says who reads what, pick (F, u) where the cells stand that
+    somebody reads, as far as they are `taken`; q (F, g, d), scaled."""
+    groups, g, _ = reads.shape
+    leaf, dim = tree.leaf, tree.dim
+    level.closed = ~reads
+    level.reads = xp.take_along_axis(reads, xp.broadcast_to(pick[:, None, :], (groups, g, pick.shape[1])), axis=2)
+    level.reads = level.reads & taken[:, None, :]
+    level.cells = xp.where(taken, xp.take_along_axis(level.node, pick, axis=1), 0)
+    level.keys = xp.reshape(runs_of(xp, tree.cells, level.cells, leaf), (groups, -1, tree.cells.shape[2]))
+    sees = xp.repeat(level.reads, leaf, axis=2)
+    if tree.kept is not None:
+        kept = rows_of(xp, xp.reshape(tree.kept, (-1, leaf)), level.cells)
+        sees = sees & xp.reshape(kept, (groups, 1, -1))
+    level.logits = xp.where(sees, q @ xp.matrix_transpose(level.keys[..., :dim]), -xp.inf)
 
 
 def _log_sum(xp: Any, known: Array, mass: Array) -> Array:

@@ -13,11 +13,12 @@ from opoch_xp.testing.calls import Call, Parts
 from opoch_xp.testing.case import Case, Words
 from opoch_xp.testing.cases.search import exactly
 from opoch_xp.testing.compare import DECISIONS_GIVEN, budget
-from opoch_xp.testing.inputs import MANY, whole
-from opoch_xp.tree import Lists, group_count, splits
+from opoch_xp.testing.inputs import whole
+from opoch_xp.treecode.plan import group_count, splits
+from opoch_xp.treecode.tree import Lists
 
 Array = np.ndarray
-METHOD = Treecode(block=32, fan=4, leaf=4, branch=4, top=3, group=16, open=3, near=2, own=2)
+METHOD = Treecode(rtol=0.3, block=32, fan=4, leaf=4, branch=4, top=3, group=16, least=1)
 TIERS = (METHOD.block, METHOD.block * METHOD.fan)  # keys of a chunk: two levels of nodes, and three
 SCALE = 0.4
 
@@ -63,6 +64,12 @@ def tree_cases() -> Iterator[Case]:
         yield Case(f"{name}, axes given", halves, free, close(k, k, v), own="order", rule=rule, wide=True)
         free, rule = free.but(method=METHOD), partial(_order, size, METHOD.leaf, mask)
         yield Case(name, split, free, close(k, k, v), own="order", rule=rule)
+        stretch = np.exp2(np.arange(18) % 7 - 3.0).reshape(3, 6)
+        along = call.but(order=None, stretch=stretch)
+        cells = build_tree(**along.arguments).order
+        rule = partial(_same_cells, cells, METHOD.leaf, mask)
+        name_ = f"{name}, axes given, stretched"
+        yield Case(name_, halves, along, close(k, k, v), own="order", rule=rule, wide=True)
         equal = free.but(k=whole(size, 1, 1, 6) + np.repeat(whole(size, 3, size // 4, 6), 4, axis=1), mask=None)
         rule = partial(_order, size, METHOD.leaf, None)
         yield Case(f"{name}, many equal", ties, equal, close(4 * k, 4 * k, v), own="order", rule=rule)
@@ -121,6 +128,9 @@ def group_cases() -> Iterator[Case]:
         expected = query_groups(queries, axes, free)
         same = partial(_groups, n, group, expected=expected)
         yield Case(f"{name}, axes given", halves, call.but(method=free), exactly, own="groups", rule=same, wide=True)
+        stretched = call.but(method=free, stretch=np.exp2(np.arange(18) % 7 - 3.0).reshape(3, 6))
+        same = partial(_groups, n, group, expected=query_groups(**stretched.arguments))
+        yield Case(f"{name}, axes given, stretched", halves, stretched, exactly, own="groups", rule=same, wide=True)
         yield Case(name, once, call, exactly, own="groups", rule=rule)
         yield Case(f"{name}, one not a number", once, call.but(queries=spoilt), exactly, own="groups", rule=rule)
         yield Case(f"{name}, many equal", once, call.but(queries=equal), exactly, own="groups", rule=rule)
@@ -149,73 +159,78 @@ def _groups(n: int, group: int, parts: Parts, expected: Array | None = None) -> 
 
 def attention(
     name: str, sentence: str, tree: Call, n: int, first: list[int], count: list[int], *, method: Treecode = METHOD,
-    given: str = "groups and lists", spoilt: int | None = None,
+    lists: bool = False, spoilt: int | None = None,
 ) -> Case:  # fmt: skip
-    """A case of tree_attention, `given` the decisions of the twin; `spoilt`: a query that is not a number."""
+    """A case of tree_attention; `lists`: the twin's are given; `spoilt`: a query that is not a number."""
     rng, starts, counts = np.random.default_rng(n), np.array(first), np.array(count)
     queries, axes = rng.standard_normal((len(first), n, 6)), rng.standard_normal((splits(n, method.group), 6))
+    seen = np.where(rng.random((len(first), n)) < 0.3, -np.inf, 2 * rng.standard_normal((len(first), n)))
     if spoilt is not None:
-        queries[:, spoilt] *= 8  # a loud voter, if it could
+        queries[:, spoilt] *= 8  # it would open much, if it could
         queries[0, spoilt, 1] = np.nan
     k, v = (np.concatenate(tree.arguments[key]) for key in ("k", "v"))
     groups = query_groups(queries, axes, method)
     built = build_tree(**tree.arguments)
+    given = {"queries": queries, "first": starts, "count": counts, "groups": groups, "method": method, "scale": SCALE}
     with np.errstate(all="ignore"):
-        lists = tree_lists(queries, built, starts, counts, axes, method, scale=SCALE, groups=groups)
-    arguments = {"queries": queries, "tree": tree, "first": starts, "count": counts, "axes": axes, "method": method}
-    decisions = {"groups": groups if given else None, "lists": lists if "lists" in given else None}
-    call = Call("tree_attention", {**arguments, "scale": SCALE, **decisions})
-    mistakes = _mistakes(call, lists if "lists" in given else None, len(tree.arguments["k"]))
-    wide = "lists" not in given and method.open < MANY
-    return Case(name, sentence, call, close(queries, k, v), mistakes, wide=wide)
+        found = tree_lists(**given, tree=built, seen=seen) if lists else None
+    call = Call("tree_attention", {**given, "tree": tree, "seen": seen, "lists": found})
+    wide = not lists and method.rtol > 0
+    return Case(name, sentence, call, close(queries, k, v), _mistakes(call, len(tree.arguments["k"])), wide=wide)
 
 
-def _mistakes(call: Call, lists: Lists | None, chunks: int) -> dict[str, Call]:
+def _mistakes(call: Call, chunks: int) -> dict[str, Call]:
     given = call.arguments
-    first, count, n, method = given["first"], given["count"], given["queries"].shape[1], given["method"]
-    found = {}
+    first, count, groups, lists, method = (given[key] for key in ("first", "count", "groups", "lists", "method"))
+    n, found = given["queries"].shape[1], {}
     if given["tree"].arguments["mask"] is not None:
         found["ignores the mask"] = call.but(tree=given["tree"].but(mask=None))
     if ((first + count < chunks) | (count == 0)).all():
         found["reads the chunks after those of the task: an offset is off by one"] = call.but(first=first + (count > 0))
     if (count > 1).any():
         found["reads one chunk too few"] = call.but(count=count - (count > 1), lists=None)
-    if given["groups"] is not None and (given["groups"] >= n).any():
-        padding = given["groups"] >= n
-        found["padding of the groups votes, as the last query"] = call.but(
-            groups=np.where(padding, n - 1, given["groups"])
-        )
-        longer = np.zeros((len(first), given["groups"].shape[1], given["queries"].shape[2]))
+    if (groups >= n).any() and lists is None:
+        found["padding of the groups votes, as the last query"] = call.but(groups=np.where(groups >= n, n - 1, groups))
+        longer = np.zeros((len(first), groups.shape[1], given["queries"].shape[2]))
         longer[:, :n] = given["queries"]
-        found["padding of the groups votes, as a query of zeros"] = call.but(queries=longer)
-    if method.own:
-        alone = None if lists is None else Lists(lists.opened, lists.own[..., :0])
-        found["leaves out each query's own cells"] = call.but(method=replace(method, own=0), lists=alone)
+        unseen = np.full(longer.shape[:2], -np.inf)
+        unseen[:, :n] = given["seen"]
+        found["padding of the groups votes, as a query of zeros"] = call.but(queries=longer, seen=unseen)
+    if lists is not None:
+        every = Lists(lists.opened, lists.cells, np.ones_like(lists.reads))
+        found["every query reads all cells of its group"] = call.but(lists=every)
+    elif method.rtol:
+        found["does not look at what was seen before"] = call.but(seen=np.full_like(given["seen"], -np.inf))
+        found["opens no large node for its size"] = call.but(method=replace(method, least=0))
+        found["adds the threshold up over the nodes, not in quadrature"] = call.but(
+            method=replace(method, rtol=method.rtol / (count.max() * 2) ** 0.5)
+        )
     found["scale is that of the head, not the one given"] = call.but(scale=given["queries"].shape[2] ** -0.5)
     return found
 
 
 def attention_cases() -> Iterator[Case]:
-    formula = "one softmax over the near and own cells, key by key, and every other node as one key with its log mass"
-    chosen = "a group opens the nodes with the most votes, a query its own best cells; padding has no vote"
+    formula = "one softmax over the keys that a query reads and every other node as one key with its log mass"
+    chosen = "a node is opened where what it may hold passes its share for some query; padding opens nothing"
     small, large = trees(1, 5, TIERS[0]), trees(2, 3, TIERS[1])
-    yield attention("groups and lists given", formula, small, 37, [0, 2], [3, 2])
-    yield attention("groups and lists given, larger chunks", formula, large, 21, [0, 1], [2, 2])
+    yield attention("lists given", formula, small, 37, [0, 2], [3, 2], lists=True)
+    yield attention("lists given, larger chunks", formula, large, 21, [0, 1], [2, 2], lists=True)
     hidden = trees(3, 4, TIERS[1], hidden=True)
     blind = f"{formula}; hidden keys weigh nothing, a task that sees none is zeros with lse -inf"
-    yield attention("groups and lists given, a mask", blind, hidden, 37, [0, 2], [3, 2])
-    yield attention("groups given", chosen, small, 37, [0, 2], [3, 2], given="groups")
-    yield attention("groups given, last one nearly empty", chosen, small, 33, [0, 2], [2, 2], given="groups")
-    yield attention("groups given, larger chunks and a mask", chosen, hidden, 37, [0, 3], [3, 1], given="groups")
+    yield attention("lists given, a mask", blind, hidden, 37, [0, 2], [3, 2], lists=True)
+    yield attention("groups alone", chosen, small, 37, [0, 2], [3, 2])
+    yield attention("groups alone, the last nearly empty", chosen, small, 33, [0, 2], [2, 2])
+    yield attention("groups alone, larger chunks", chosen, large, 21, [0, 1], [2, 2])
+    yield attention("groups alone, larger chunks and a mask", chosen, hidden, 37, [0, 3], [3, 1])
+    coarse = "of large nodes the heaviest are opened, and nothing else"
+    yield attention("large nodes", coarse, large, 21, [0, 1], [2, 2], method=replace(METHOD, rtol=0.99, least=2))
     runs = "task t reads the chunks from first[t] on, count[t] of them; none: zeros and lse -inf"
-    yield attention("runs of any length", runs, small, 19, [0, 0, 2, 4, 1], [1, 4, 0, 1, 3], given="groups")
-    vote = "a query that is not a number spoils its own row, and has no vote in its group"
-    yield attention("a query that is not a number", vote, small, 21, [0, 2], [3, 2], given="groups", spoilt=5)
-    fixed = replace(METHOD, iterations=0)
-    alone = "groups and lists are found as query_groups and the twin find them"
-    yield attention("nothing given", alone, trees(4, 4, TIERS[0], fixed), 45, [0, 1], [3, 2], method=fixed, given="")
-    yield attention("fewer queries than a group", chosen, small, 5, [1], [4], given="groups")
-    single = replace(METHOD, group=1, near=0, own=3)
-    yield attention("groups of one", chosen, small, 9, [1, 0], [3, 4], method=single, given="groups")
-    full, whole_ = replace(METHOD, open=MANY, near=MANY, own=MANY), "everything opened is exact attention"
-    yield attention("everything opened", whole_, hidden, 18, [0, 1], [2, 2], method=full, given="")
+    yield attention("runs of any length", runs, small, 19, [0, 0, 2, 4, 1], [1, 4, 0, 1, 3])
+    vote = "a query that is not a number spoils its own row, and opens nothing for its group"
+    yield attention("a query that is not a number", vote, small, 21, [0, 2], [3, 2], spoilt=5)
+    yield attention("fewer queries than a group", chosen, small, 5, [1], [4])
+    yield attention("groups of one", chosen, small, 9, [1, 0], [3, 4], method=replace(METHOD, group=1))
+    bound = "of what would be opened the `most` heaviest are, and read says of how many queries something was left"
+    yield attention("at most three", bound, large, 21, [0, 1], [3, 2], method=replace(METHOD, most=3, least=4))
+    full, whole_ = replace(METHOD, rtol=0.0), "everything opened is exact attention"
+    yield attention("everything opened", whole_, hidden, 18, [0, 1], [2, 2], method=full)
