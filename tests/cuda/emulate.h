@@ -265,6 +265,7 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
     return votes;
   });
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) {
   return emulate::shuffled(x, (emulate::self->index.x % emulate::WARP) ^ lanes);
 }

@@ -6,6 +6,7 @@
 import mmap
 import os
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import array_api_compat.numpy as namespace
@@ -21,25 +22,22 @@ import opoch_xp as ox
 from opoch_xp import backends, workloads
 from opoch_xp.backends import cupy as plugin
 from opoch_xp.backends import generic, kernels_for
-from opoch_xp.backends.cupy import launch, search, split
+from opoch_xp.backends.cupy import launch, search, split, tree
 from opoch_xp.backends.cupy.launch import INSTANCES, instances
 from opoch_xp.backends.generic.tree import tree_lists
-from opoch_xp.forest import directions
 from opoch_xp.testing import check_backend
-from opoch_xp.tree import splits
+from opoch_xp.treecode.forest import directions
+from opoch_xp.treecode.law import excess, log_mass
+from opoch_xp.treecode.plan import splits
+from opoch_xp.treecode.tree import Part
 
 RACES = os.environ.get("OPOCH_EMULATE") == "threads"
 LAUNCHED: set[str] = set()
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+SMALL = ox.Treecode(rtol=0.1, sinks=3, block=16, fan=4, leaf=4, branch=2, top=2, group=9, least=2)
 smallest = pytest.mark.smallest
 each_method = pytest.mark.parametrize(
-    "method",
-    [
-        ox.Exact(),
-        ox.LSH(bits=4, tables=3),
-        ox.Treecode(block=32, leaf=4, fan=4, top=4, branch=4, group=8, open=8, near=4),
-    ],
-    ids=lambda method: type(method).__name__,
+    "method", [ox.Exact(), ox.LSH(bits=4, tables=3), SMALL], ids=lambda method: type(method).__name__
 )
 
 
@@ -186,25 +184,27 @@ def test_exact_attention_by_tensor_cores(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("own", [0, 2])
+@pytest.mark.parametrize("rtol", [0.0, 0.1])
 @pytest.mark.parametrize(("dim", "width", "n"), HALF_WIDTHS)
-def test_tree_by_tensor_cores(dim: int, width: int, n: int, own: int, dtype: str, emulated: Emulator) -> None:
-    method = ox.Treecode(block=16, leaf=4, branch=2, top=2, group=9, open=2, near=2, own=own)
+def test_tree_by_tensor_cores(dim: int, width: int, n: int, rtol: float, dtype: str, emulated: Emulator) -> None:
+    method = replace(SMALL, rtol=rtol)
     k, v = halves(dtype, 3, 64, dim), halves(dtype, 3, 64, width, seed=1)
     wide = k.astype(np.float32), v.astype(np.float32)
-    axes, query_axes = directions(0, 0, 0, 4, dim), directions(0, 0, 1, splits(n, 9), dim)
-    mine = plugin.build_tree(k, v, axes, method)
+    axes, stretch = directions(0, 0, 0, 4, dim), halves(dtype, 3, dim, seed=3)
+    mine = plugin.build_tree(k, v, axes, method, stretch=stretch)
     assert mine.cells.dtype == k.dtype
     theirs = generic.build_tree(*wide, axes, method, order=mine.order)
     np.testing.assert_array_equal(mine.cells.astype(np.float32), theirs.cells)
     queries = halves(dtype, 2, n, dim, seed=2)
     queries[0, 1, 0] = np.nan
-    given = np.asarray([0, 1]), np.asarray([3, 1]), query_axes, method
-    groups = plugin.query_groups(queries, query_axes, method)
-    lists = tree_lists(queries.astype(np.float32), theirs, *given, scale=0.3, groups=groups)
-    more = {"scale": 0.3, "groups": groups, "lists": lists}
-    right = generic.tree_attention(queries.astype(np.float32), theirs, *given, **more)
-    close_16(plugin.tree_attention(queries, mine, *given, **more), right, v)
+    groups = plugin.query_groups(queries, directions(0, 0, 1, splits(n, 9), dim), method)
+    given = np.asarray([0, 1]), np.asarray([3, 1]), groups, method
+    more = {"scale": 0.8 / dim**0.5, "seen": normal(4, 2, n, dtype="float32")}
+    lists = tree_lists(queries.astype(np.float32), theirs, *given, **more)
+    right = generic.tree_attention(queries.astype(np.float32), theirs, *given, lists=lists, **more)
+    ours = plugin.tree_attention(queries, mine, *given, lists=lists, **more)
+    close_16((ours.out, ours.lse), (right.out, right.lse), v)
+    close(ours.read, right.read, "float32")
     assert any(f"attend_lists<{launch.HALVES[dtype]}," in name for name in emulated.launched)
 
 
@@ -218,67 +218,135 @@ def test_16_bits_without_tensor_cores_are_widened(arch: int, dim: int, monkeypat
     wide = [x.astype(np.float32) for x in (q, k, v)]
     ours = plugin.exact_attention(q, k, v, **given)
     close(ours[0], generic.exact_attention(*wide, **given)[0], "float32")
-    method = ox.Treecode(block=4, leaf=2, group=4, open=2, near=1, own=1)
-    axes = directions(0, 0, 0, 2, dim)
-    tree = plugin.build_tree(k[:, :8], v[:, :8], axes, method)
-    assert tree.cells.dtype == np.float32
-    out, _ = plugin.tree_attention(q[0], tree, np.asarray([0]), np.asarray([1]), axes, method, scale=0.3)
-    assert out.dtype == np.float32
+    method = ox.Treecode(rtol=0.0, block=4, leaf=2, top=2, group=9)
+    built = plugin.build_tree(k[:, :8], v[:, :8], directions(0, 0, 0, 2, dim), method)
+    assert built.cells.dtype == np.float32
+    given = np.asarray([0]), np.asarray([1]), np.arange(9)[None], method
+    part = plugin.tree_attention(q[0], built, *given, scale=0.3, seen=np.zeros((1, 9), np.float32))
+    right = generic.exact_attention(wide[0], wide[1][:, :8], wide[2][:, :8], causal=False, scale=0.3)
+    close(part.out, right[0][0], "float32")
 
 
-METHODS = [
-    pytest.param(
-        ox.Treecode(block=8, leaf=2, branch=2, top=2, group=2, open=1, near=1, own=1), 8, 3, 2, 2, marks=smallest
-    ),
-    (ox.Treecode(block=16, leaf=4, branch=2, top=2, group=5, open=2, near=2, own=2), 64, 23, 3, 4),
-    (ox.Treecode(block=16, leaf=1, branch=4, top=4, group=37, open=3, near=0, own=0, iterations=0), 64, 40, 18, 100),
-    (ox.Treecode(block=16, leaf=2, branch=2, top=4, group=8, open=4, near=3, own=0), 32, 19, 6, 35),
-    (ox.Treecode(block=16, leaf=2, branch=4, top=2, group=8, open=2, near=3, own=0), 32, 8, 16, 20),
-    (ox.Treecode(block=12, leaf=3, branch=2, top=8, group=1, open=2, near=3, own=9), 96, 5, 8, 70),
-    (ox.Treecode(block=16, leaf=2, branch=2, top=2, group=4, open=99, near=20, own=3), 64, 33, 8, 40),
+METHODS = [  # and the keys of a chunk, queries of a task, and head sizes
+    pytest.param(ox.Treecode(rtol=0.1, block=8, leaf=2, branch=2, top=2, group=2, least=1), 8, 3, 2, 2, marks=smallest),
+    (replace(SMALL, rtol=0.6), 64, 23, 3, 4),
+    (replace(SMALL, rtol=0.6, group=37, leaf=2, top=4, branch=4, iterations=0), 64, 40, 18, 100),
+    (replace(SMALL, rtol=0.3, leaf=2, top=4, most=5), 32, 19, 6, 35),
+    (replace(SMALL, rtol=0.0, most=3, least=9), 128, 8, 16, 20),  # everything is wanted
+    (replace(SMALL, rtol=0.0, branch=4), 64, 33, 8, 40),
+    (replace(SMALL, block=12, leaf=3, top=8, group=1), 96, 5, 8, 70),
+    (replace(SMALL, block=192, leaf=96, top=1), 192, 5, 3, 9),  # a cell is more than a tile
+    (replace(SMALL, block=512, leaf=2, top=512, least=300), 2048, 3, 2, 3),  # more candidates than threads
+    (replace(SMALL, block=16, leaf=2, top=8), 16, 20, 4, 5),  # the coarsest nodes are the cells
 ]
+RUNS = np.asarray([0, 1, 0, 2]), np.asarray([3, 2, 0, 1])
+
+
+def trees_of(method: ox.Treecode, size: int, dim: int, width: int, dtype: str, masked: bool) -> tuple[Any, Any]:
+    """The plugin's trees of three chunks, and the twin's in the same order."""
+    k, v = normal(0, 3, size, dim).astype(dtype), normal(1, 3, size, width).astype(dtype)
+    mask = np.random.default_rng(5).random((3, size)) < 0.6 if masked else None
+    if mask is not None:
+        mask[1] = False
+        k, v = k * mask[..., None], v * mask[..., None]
+    axes = directions(0, 0, 0, splits(size, method.leaf), dim)
+    mine = plugin.build_tree(k, v, axes, method, mask=mask, stretch=np.abs(normal(2, 3, dim)) + 0.1)
+    return mine, generic.build_tree(k, v, axes, method, mask=mask, order=mine.order)
+
+
+def queries_of(method: ox.Treecode, n: int, dim: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries of four tasks, two of them not finite; their groups, by the plugin; and what they read before."""
+    queries, seen = normal(6, 4, n, dim).astype(dtype), 3 * normal(7, 4, n).astype(dtype)
+    seen[:, ::3] = -np.inf
+    if n > 4:
+        queries[0, 1] = np.inf
+        queries[2, 2, 0] = np.nan
+    axes = directions(0, 0, 1, splits(n, method.group), dim)
+    return queries, plugin.query_groups(queries, axes, method, stretch=np.abs(normal(8, 4, dim)) + 0.1), seen
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("method", "size", "n", "dim", "width"), METHODS)
 def test_tree(method: ox.Treecode, size: int, n: int, dim: int, width: int, dtype: str, masked: bool) -> None:
-    """Given the same order, groups and lists: equal to rounding. The kernels' own choices are judged by themselves."""
-    chunks = 3
-    k, v = normal(0, chunks, size, dim).astype(dtype), normal(1, chunks, size, width).astype(dtype)
-    mask = np.random.default_rng(5).random((chunks, size)) < 0.6 if masked else None
-    if mask is not None:
-        mask[1] = False
-        k, v = k * mask[..., None], v * mask[..., None]
-    axes = directions(0, 0, 0, splits(size, method.leaf), dim)
-    mine = plugin.build_tree(k, v, axes, method, mask=mask)
+    """Given the same order, groups and lists: equal to rounding; in float64 also by decisions of its own."""
+    mine, theirs = trees_of(method, size, dim, width, dtype, masked)
     assert (np.sort(mine.order, axis=1) == np.arange(size)).all()
-    theirs = generic.build_tree(k, v, axes, method, mask=mask, order=mine.order)
     for one, other in zip((mine.cells, *mine.summaries), (theirs.cells, *theirs.summaries), strict=True):
         close(one, other, dtype)
     if masked:
         for one, other in zip((mine.kept, *mine.counts), (theirs.kept, *theirs.counts), strict=True):
             np.testing.assert_array_equal(one, other)
 
-    queries, query_axes = normal(6, 4, n, dim).astype(dtype), directions(0, 0, 1, splits(n, method.group), dim)
-    if n > 4:
-        queries[0, 1] = np.inf
-        queries[2, 2, 0] = np.nan
-    first, count = np.asarray([0, 1, 0, 2]), np.asarray([3, 2, 0, 1])
-    groups = plugin.query_groups(queries, query_axes, method)
+    queries, groups, seen = queries_of(method, n, dim, dtype)
     np.testing.assert_array_equal(
         np.sort(np.where(groups < n, groups, n), axis=1)[:, :n], np.arange(n)[None].repeat(4, 0)
     )
-    given = (first, count, query_axes, method)
-    lists = tree_lists(queries, theirs, *given, scale=0.8, groups=groups)
-    right = generic.tree_attention(queries, theirs, *given, scale=0.8, groups=groups, lists=lists)
-    ours = plugin.tree_attention(queries, theirs, *given, scale=0.8, groups=groups, lists=lists)
-    close(ours[0], right[0], dtype)
-    close(ours[1], right[1], dtype)
-    if dtype == "float64":  # no rounding flips a pick
-        chosen = plugin.tree_attention(queries, theirs, *given, scale=0.8, groups=groups)
-        close(chosen[0], right[0], dtype)
-        close(chosen[1], right[1], dtype)
+    given, more = (*RUNS, groups, method), {"scale": 2 / dim**0.5, "seen": seen}
+    lists = tree_lists(queries, theirs, *given, **more)
+    by_lists = generic.tree_attention(queries, theirs, *given, lists=lists, **more)
+    same_part(plugin.tree_attention(queries, theirs, *given, lists=lists, **more), by_lists, dtype)
+    if dtype == "float64":  # no rounding flips a decision
+        alone = generic.tree_attention(queries, theirs, *given, **more)
+        same_part(plugin.tree_attention(queries, theirs, *given, **more), alone, dtype)
+        assert alone.read[:, 2].any() == (method.most is not None)
+
+
+def same_part(ours: Part, theirs: Part, dtype: str) -> None:
+    close(ours.out, theirs.out, dtype)
+    close(ours.lse, theirs.lse, dtype)
+    assert ours.read.dtype == theirs.read.dtype
+    np.testing.assert_array_equal(ours.read, theirs.read)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+@pytest.mark.parametrize("most", [None, 4], ids=["", "bounded"])
+def test_batches_of_groups(most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masses of few groups at a time, at every level anew: bit for bit the same."""
+    method = replace(SMALL, most=most)
+    mine, _ = trees_of(method, 64, 3, 4, "float64", True)
+    queries, groups, seen = queries_of(method, 23, 3, "float64")
+    given, more = (queries, mine, *RUNS, groups, method), {"scale": 1.0, "seen": seen}
+    whole = plugin.tree_attention(*given, **more)
+    lists = tree_lists(*given, **more)
+    by_lists = plugin.tree_attention(*given, lists=lists, **more)
+    for elements in (1, 3 * 9 * 6):  # one group, and three at the coarsest level
+        monkeypatch.setattr(tree, "ELEMENTS", elements)
+        for ours, theirs in ((whole, {}), (by_lists, {"lists": lists})):
+            part = plugin.tree_attention(*given, **theirs, **more)
+            for one, other in zip((ours.out, ours.lse, ours.read), (part.out, part.lse, part.read), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("least", "most"), [(3, None), (40, None), (7, 5), (300, 290)])
+def test_equal_nodes_are_opened_by_place(least: int, most: int | None) -> None:
+    """Keys of whole numbers, whose products are exact: many nodes weigh the same, and the first of them are opened."""
+    method = replace(SMALL, rtol=0.9, block=512, leaf=2, top=512, least=least, most=most)
+    k = np.random.default_rng(0).integers(0, 2, (3, 256, 2)).repeat(8, axis=1).astype(float)  # two nodes of each key
+    order = np.arange(2048)[None].repeat(3, 0)
+    built = generic.build_tree(k, normal(1, 3, 2048, 2), None, method, order=order)
+    queries = np.asarray([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]])
+    given = np.asarray([0]), np.asarray([3]), np.arange(3)[None], method
+    more = {"scale": 1.0, "seen": np.zeros((1, 3))}
+    right = generic.tree_attention(queries, built, *given, **more)
+    same_part(plugin.tree_attention(queries, built, *given, **more), right, "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_law_of_few_keys(dtype: str) -> None:
+    """Masses, and what nodes may hold, of one query and nodes of every kind: as opoch_xp.treecode.law has them."""
+    counts, variances = np.asarray([0, 1, 2, 3, 16, 100, 1024, 2**20]), np.asarray([0.0, 1e-35, 1e-12, 0.03, 1, 7, 300])
+    count, var = (x.reshape(-1).astype(dtype) for x in np.meshgrid(counts, variances))
+    n, query = len(count), np.asarray([[2.0]], dtype)
+    rows = np.stack([np.linspace(-3, 3, n), var, np.full(n, np.nan)], 1).astype(dtype)  # the value is not looked at
+    node, mass, may = np.full((1, n), -5), np.full((1, 1, n), np.nan, dtype), np.full((1, 1, n), np.nan, dtype)
+    zero, one, grid = np.zeros((1, 1), np.int64), np.ones(1, np.int32), (1, launch.parts(n, 64), 1)
+    given = query, zero, rows, count, zero, one, node, mass, may
+    launch.run("tree_attention.cu", "node_masses", query, grid, 128, *given, 1, n, 1, n, 7, 1, 1, 0.5)
+    np.testing.assert_array_equal(node[0], np.arange(n))
+    right = log_mass(rows[:, 0], var, count)
+    np.testing.assert_allclose(mass[0, 0], right, rtol=8 * np.finfo(dtype).eps, atol=8 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(may[0, 0], right + excess(var, count), rtol=8 * np.finfo(dtype).eps)
 
 
 def test_the_splits_are_median_splits_by_the_principal_axis() -> None:
@@ -409,6 +477,28 @@ def test_whole_calls(method: Any, whole_plugin: None) -> None:
 
 
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize(
+    ("masked", "sinks", "most"), [(False, 3, None), (True, 3, None), (True, 0, None), (False, 5, 3)]
+)
+def test_whole_calls_of_the_treecode(
+    causal: bool, masked: bool, sinks: int, most: int | None, whole_plugin: None, emulated: Emulator
+) -> None:
+    """So few rows a chunk and a task that axes are found from all of them: what the twins give, and what they read."""
+    method = replace(SMALL, sinks=sinks, most=most)
+    q, k, v = (x.astype(np.float64) for x in workloads.make("scattered", 250, heads=4, dim=8))
+    q, k, v = q[:, 150:], k[::2], v[::2]
+    q[1, 7] = np.nan
+    mask = np.random.default_rng(0).random(250) < 0.8 if masked else None
+    given = {"causal": causal, "method": method, "key_mask": mask, "check": False}
+    ours, theirs = ox.attend(q, k, v, **given), ox.attend(q, k, v, backend="generic", **given)
+    np.testing.assert_allclose(ours.out, theirs.out, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(ours.lse, theirs.lse, rtol=1e-9, atol=1e-9)
+    assert ours.report == theirs.report
+    assert "node_masses<double>" in emulated.launched
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
 @each_method
 def test_whole_calls_in_16_bits(method: Any, whole_plugin: None, emulated: Emulator) -> None:
     """float16 in, float16 out, judged by an audit that is exact in float32."""
@@ -472,6 +562,61 @@ def test_more_than_two_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     launch.run("build_tree.cu", "summarise", x, grid, 256, cells, None, summary, number(n // 2), 2, d + 1, d, 1)
     last = cells[0, n // 2 * 2 - 2 : n // 2 * 2, :d]
     np.testing.assert_allclose(summary[-1, :d], last.mean(0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(RACES, reason="the smallest sizes only")
+def test_trees_of_more_than_two_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of so many groups, against the last of so many nodes and keys, is what it is alone."""
+    emulator = Emulator(last_block=True)
+    monkeypatch.setattr(launch, "function", emulator.function)
+    dim, width, g, leaf, chunks = 33, 35, 33, 4, 8
+    each = 64  # cells of a chunk, a level of cells only
+    index, above = np.arange(g), np.arange(chunks)
+    cells, rows = normal(0, chunks * each * leaf, dim + width), normal(1, chunks * each, 2 * dim + width) ** 2
+    queries, seen = normal(2, g, dim), normal(3, g)
+
+    def last(groups: int, nodes: int) -> tuple[np.ndarray, ...]:
+        """State and counts of the last group, among so many, that reads the last chunks of so many cells."""
+        shapes = (groups, g), (groups, chunks), (nodes, 2 * dim + width), (nodes * leaf, dim + width)
+        kinds = np.int64, np.int64, np.float32, np.float32
+        held = [untouched(*shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        held[0][-1], held[1][-1], held[2][-len(rows) :], held[3][-len(cells) :] = index, above, rows, cells
+        held[1][-1] += nodes // each - chunks
+        wide = chunks * each
+        q, before = queries.astype(np.float32), seen.astype(np.float32)
+        votes, amount_above = untouched(groups, g, dtype=bool), untouched(groups, dtype=np.int32)
+        votes[-1], amount_above[-1] = True, chunks
+        node, opened = (untouched(groups, wide, dtype=np.int64) for _ in range(2))
+        mass, may = (untouched(groups, g, wide) for _ in range(2))
+        threshold, whole, share, read = (untouched(groups, *more) for more in ((), (g,), (wide,), (3,)))
+        amount, tops, totals = untouched(groups, dtype=np.int32), np.full((1, g), -np.inf, np.float32), untouched(1, g)
+        threshold[-1], out = np.log(0.01), untouched(g, width)
+        given = q, held[0], held[2], None, held[1], amount_above, node, mass, may
+        grid = (groups, launch.parts(wide, 64), 2)
+        launch.run(
+            "tree_attention.cu", "node_masses", q, grid, 128, *given, g, wide, chunks, each, leaf, dim, width, 0.3
+        )
+        launch.run(
+            "tree_attention.cu", "pick_nodes", q, (groups,), 256,
+            held[0], votes, before, tops, totals, threshold, amount_above, node, may, mass, None, None, whole, share,
+            opened, amount, read, g, wide, 0, each, 0, 0, leaf,
+        )  # fmt: skip
+        launch.run(
+            "tree_attention.cu", "attend_lists", q, (groups, 2, 1), 128,
+            q, held[0], amount_above, held[2], node, mass, held[3], None, opened, amount, out, tops, totals,
+            np.int64(g), g, wide, each, leaf, dim, width, 0.3, template=(64,),
+        )  # fmt: skip
+        return out, tops, totals, read[-1]
+
+    groups, nodes = 2**31 // (g * chunks * each) + 2, 2**31 // (leaf * (dim + width)) // each * each + each
+    assert min(groups * g * chunks * each, nodes * leaf * (dim + width)) > 2**31
+    ours, alone = last(groups, nodes), last(1, chunks * each)
+    assert 0 < alone[3][1] < g * chunks * each * leaf  # some cells are read, some are not
+    for one, other in zip(ours, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+    nodes = 2**31 // (2 * dim + width) // each * each + each
+    assert nodes * (2 * dim + width) > 2**31
+    np.testing.assert_array_equal(last(1, nodes)[0], alone[0])
 
 
 def test_errors_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,15 @@
 //
 // Letters: N flat queries (N, d), M flat keys (M, d) and values (M, e), tables t. at (N,): queries in the order of this table;
 // order (M,): keys sorted by bucket; starts, stops (tables, N): each query's run; ranks (tables, M): place of each key.
+// tops, totals (parts of a value, N), out (N, e): the state.
 
 #include "tile.cuh"
 
 template <class T, int EP>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     attend_buckets(const T* queries, const T* keys, const T* values, const i64* at, const i64* order, const i64* starts,
-                   const i64* stops, const i64* ranks, const T* top_before, const T* total_before, T* out, T* top, T* total,
-                   i64* read, i64 N, i64 M, int table, int dim, int width, T scale) {
+                   const i64* stops, const i64* ranks, T* out, T* tops, T* totals, i64* read, i64 N, i64 M, int table, int dim,
+                   int width, T scale) {
   extern __shared__ __align__(16) char shared[];
   Tile<T, EP> tile(shared, dim, width, blockIdx.y * EP, scale);
   i64* number = (i64*)(shared + ((char*)(tile.keep + BQ) - shared + 7) / 8 * 8);  // [BK]: the keys of a tile
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     tile.row[threadIdx.x] = mine;
     counted[threadIdx.x] = 0;
   }
-  tile.resume(queries, out, top_before, total_before);
+  tops += blockIdx.y * N, totals += blockIdx.y * N;
+  tile.resume(queries, out, tops, totals);
   i64 low = M, high = 0;
   for (int i = 0; i < BQ; i++) {
     if (tile.row[i] < 0) continue;
@@ -61,5 +63,5 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 4)
     tile.fold();
   }
   if (mine >= 0 && blockIdx.y == 0) read[mine] += counted[threadIdx.x];
-  tile.suspend(out, top, total);
+  tile.suspend(out, tops, totals);
 }

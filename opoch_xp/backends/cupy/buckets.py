@@ -53,19 +53,18 @@ def bucket_attention(
     rows = xp.reshape(xp.permute_dims(q, (0, 2, 1, 3)), (-1, dim))
     rows, k, v = contiguous(rows, xp.reshape(k, (-1, dim)), xp.reshape(v, (-1, width)))
     out, read = xp.zeros((queries, width), dtype=q.dtype), xp.zeros(queries, dtype=xp.int64)
-    state = xp.full(queries, -xp.inf, dtype=q.dtype), xp.zeros(queries, dtype=q.dtype)  # top, total
     found, ranks = candidate_runs(flat, query_codes, key_codes, window, max_bucket)
     starts, stops = (xp.stack([getattr(one, edge) for one in found]) for edge in ("start", "stop"))
     places = xp.stack(ranks)
     columns = columns_for(width, q.dtype)
+    copies = max(1, parts(width, columns))  # one for each part of a value
+    top, total = xp.full((copies, queries), -xp.inf, dtype=q.dtype), xp.zeros((copies, queries), dtype=q.dtype)
     for table, one in enumerate(found):
         at = xp.argsort(one.start * (keys + 1) + one.stop)
-        after = xp.empty_like(state[0]), xp.empty_like(state[1])
         run(
             "bucket_attention.cu", "attend_buckets", rows, (parts(queries, QUERIES), parts(width, columns)),
-            TILE_THREADS, rows, k, v, at, *contiguous(one.order), starts, stops, places, *state, out, *after, read,
+            TILE_THREADS, rows, k, v, at, *contiguous(one.order), starts, stops, places, out, top, total, read,
             np.int64(queries), np.int64(keys), table, dim, width, float(scale),
             template=(columns,), shared=tile_bytes(dim, columns, q.dtype) + 8 * (KEYS + 1) + 4 * QUERIES,
         )  # fmt: skip
-        state = after
-    return settled(flat, rows, k, v, scale, (*state, out, read), query_codes, key_codes)
+    return settled(flat, rows, k, v, scale, (top[0], total[0], out, read), query_codes, key_codes)

@@ -6,11 +6,13 @@
 // block splits a node while there are fewer nodes than warps; below, a warp a node. Larger nodes go level by level, whole
 // device: `node_axes`, `project`, and a sort by the array library.
 // A node is halved by counting, for each row, the rows that sort before it: no atomics, ties by position, the same result
-// every time. Counting costs size^2 / threads steps a node, which for SPLIT_ROWS rows is less than reading them.
+// every time. Rows are split as if dimension c were multiplied by stretch[c]; of an axis of such rows that is kept times
+// stretch, it is enough to multiply the start by it and each iterate by its square. Counting costs size^2 / threads steps a node, which for SPLIT_ROWS rows is less than reading them.
 // Cost a chunk of n rows: n * d numbers a level for the projections and 2 * SAMPLE * d * (2 * iterations + 1) a node for the
 // axes; n * (d + e) read and written for the cells, and 1 / leaf of (2 d + e) for the summaries.
 //
-// Letters: d = dim, e = width. x (chunks, n, d), kept (chunks, n) or null, order (chunks, n) rows of each chunk.
+// Letters: d = dim, e = width. x (chunks, n, d), kept (chunks, n) or null, order (chunks, n) rows of each chunk, stretch
+// (chunks, d) or null for ones.
 
 #include "numbers.cuh"
 
@@ -36,13 +38,14 @@ template <class T> __device__ T projected(const T* row, const T* mean, const T* 
   return sum;
 }
 
-// Principal axis, of largest entry 1, of the rows x[order[0 .. size)], from `start`; mean [d], dots [2 * SAMPLE] scratch.
+// Principal axis, times stretch and of largest entry 1, of the stretched rows x[order[0 .. size)], from `start`: what rows
+// as they are need to be multiplied by. mean [d], dots [2 * SAMPLE] scratch.
 template <class T, class Index>
 __device__ void principal_axis(Team team, const T* x, const bool* kept, const Index* order, i64 size, int dim,
-                               const T* start, int iterations, T* axis, T* mean, T* dots) {
+                               const T* start, const T* stretch, int iterations, T* axis, T* mean, T* dots) {
   const i64 stride = larger((i64)1, size / SAMPLE);
   const int count = (int)((size + stride - 1) / stride);
-  for (int c = team.rank; c < dim; c += team.size) axis[c] = start[c];
+  for (int c = team.rank; c < dim; c += team.size) axis[c] = stretch ? start[c] * stretch[c] : start[c];
   if (iterations) {
     int seen = 0;
     for (int s = 0; s < count; s++) seen += !kept || kept[order[s * stride]];
@@ -68,7 +71,7 @@ __device__ void principal_axis(Team team, const T* x, const bool* kept, const In
         const T dot = dots[s];
         if (dot != 0) sum += dot * (x[(i64)order[s * stride] * dim + c] - mean[c]);
       }
-      axis[c] = sum;
+      axis[c] = stretch ? sum * (stretch[c] * stretch[c]) : sum;
     }
     team.sync();
     T largest = 0;
@@ -84,8 +87,8 @@ __device__ void principal_axis(Team team, const T* x, const bool* kept, const In
 // `n` rows; starts (levels, d).
 template <class T>
 __global__ void __launch_bounds__(SPLIT_THREADS, 2)
-    split_nodes(const T* x, const bool* kept, i64* order, const T* starts, i64 n, i64 per_chunk, int size, int dim,
-                int levels, int iterations) {
+    split_nodes(const T* x, const bool* kept, i64* order, const T* starts, const T* stretch, i64 n, i64 per_chunk,
+                int size, int dim, int levels, int iterations) {
   extern __shared__ __align__(16) char shared[];
   u64* keys = (u64*)shared;            // [size]
   int* now = (int*)(keys + size);      // [size]
@@ -94,6 +97,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, 2)
   const i64 chunk = blockIdx.x / per_chunk;
   x += chunk * n * dim;
   if (kept) kept += chunk * n;
+  if (stretch) stretch += chunk * dim;
   order += blockIdx.x * (i64)size;
   for (int i = threadIdx.x; i < size; i += SPLIT_THREADS) now[i] = (int)order[i];
   __syncthreads();
@@ -106,7 +110,8 @@ __global__ void __launch_bounds__(SPLIT_THREADS, 2)
     T *mean = axis + dim, *dots = mean + dim;
     for (int node = alone ? warp : 0; node < nodes; node += alone ? SPLIT_WARPS : 1) {
       const int first = node * width;
-      principal_axis(team, x, kept, now + first, (i64)width, dim, starts + level * dim, iterations, axis, mean, dots);
+      principal_axis(team, x, kept, now + first, (i64)width, dim, starts + level * dim, stretch, iterations, axis, mean,
+                     dots);
       for (int i = first + team.rank; i < first + width; i += team.size) {
         const bool there = !kept || kept[now[i]];
         keys[i] = ordered(there ? projected(x + (i64)now[i] * dim, (const T*)nullptr, axis, dim) : infinity<T>());
@@ -130,15 +135,15 @@ __global__ void __launch_bounds__(SPLIT_THREADS, 2)
 // Axes (chunks * per_chunk, d) of larger nodes, a block each.
 template <class T>
 __global__ void __launch_bounds__(SPLIT_THREADS, 2)
-    node_axes(const T* x, const bool* kept, const i64* order, const T* start, T* axes, i64 n, i64 per_chunk, int dim,
-              int iterations) {
+    node_axes(const T* x, const bool* kept, const i64* order, const T* start, const T* stretch, T* axes, i64 n,
+              i64 per_chunk, int dim, int iterations) {
   extern __shared__ __align__(16) char shared[];
   T* axis = (T*)shared;
   T *mean = axis + dim, *dots = mean + dim;
   const i64 chunk = blockIdx.x / per_chunk, size = n / per_chunk;
   const Team team = {(int)threadIdx.x, SPLIT_THREADS};
   principal_axis(team, x + chunk * n * dim, kept ? kept + chunk * n : nullptr, order + blockIdx.x * size, size, dim, start,
-                 iterations, axis, mean, dots);
+                 stretch ? stretch + chunk * dim : nullptr, iterations, axis, mean, dots);
   for (int c = threadIdx.x; c < dim; c += SPLIT_THREADS) axes[blockIdx.x * (i64)dim + c] = axis[c];
 }
 

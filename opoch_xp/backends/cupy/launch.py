@@ -43,8 +43,8 @@ INSTANCES: dict[str, tuple[str, ...]] = {
         for kind in TYPES.values()
     ),
     "tree_attention.cu": (
-        *(f"{kernel}<{kind}>" for kernel in ("node_masses", "pick_nodes", "own_cells") for kind in TYPES.values()),
-        *(f"attend_lists<{kind}, {columns}, {own}>" for kind, columns in _TILES for own in ("false", "true")),
+        *(f"{kernel}<{kind}>" for kernel in ("node_masses", "pick_nodes") for kind in TYPES.values()),
+        *(f"attend_lists<{kind}, {columns}>" for kind, columns in _TILES),
     ),
     "bucket_attention.cu": tuple(f"attend_buckets<{kind}, {columns}>" for kind, columns in _TILES),
     "search_buckets.cu": tuple(
@@ -53,9 +53,7 @@ INSTANCES: dict[str, tuple[str, ...]] = {
 }
 TENSOR_INSTANCES: dict[str, tuple[str, ...]] = {
     "exact_attention.cu": tuple(f"exact_attention<{kind}, {columns}>" for kind, columns in _HALF_TILES),
-    "tree_attention.cu": tuple(
-        f"attend_lists<{kind}, {columns}, {own}>" for kind, columns in _HALF_TILES for own in ("false", "true")
-    ),
+    "tree_attention.cu": tuple(f"attend_lists<{kind}, {columns}>" for kind, columns in _HALF_TILES),
 }
 
 

@@ -282,10 +282,10 @@ template <class S, int EP> struct Tile {
       for (int c = 0; c < products.COLUMNS; c++) f(products.row(r), column + products.column(c), products.sum(r, c));
   }
 
-  // Starts: `row` is set, by any threads. The state is empty.
+  // Starts: `row` is set, by any threads. The state is empty. queries may be null where no logits are asked for.
   __device__ void begin(const S* queries) {
     __syncthreads();
-    products.load(queries, row, dim, scale);
+    if (queries) products.load(queries, row, dim, scale);
     if (threadIdx.x < BQ) {
       top[threadIdx.x] = -infinity<A>();
       total[threadIdx.x] = 0;
@@ -294,7 +294,8 @@ template <class S, int EP> struct Tile {
     __syncthreads();
   }
 
-  // Starts from the state a launch before this one left in memory: sums of values, maxima, sums of weights.
+  // Starts from the state a launch before this one left in memory: sums of values, maxima, sums of weights. Every part of
+  // a value has maxima and sums of weights of its own, since blocks do not wait for one another.
   __device__ void resume(const S* queries, const A* outs, const A* tops, const A* totals) {
     begin(queries);
     if (threadIdx.x < BQ && row[threadIdx.x] >= 0) {
@@ -349,7 +350,7 @@ template <class S, int EP> struct Tile {
   // Writes sums and state: for a launch after this one.
   __device__ void suspend(A* outs, A* tops, A* totals) {
     __syncthreads();
-    if (threadIdx.x < BQ && row[threadIdx.x] >= 0 && column == 0) {
+    if (threadIdx.x < BQ && row[threadIdx.x] >= 0) {
       tops[row[threadIdx.x]] = top[threadIdx.x];
       totals[row[threadIdx.x]] = total[threadIdx.x];
     }

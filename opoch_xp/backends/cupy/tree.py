@@ -1,11 +1,9 @@
 """The treecode on CUDA: launchers of build_tree.cu and tree_attention.cu.
 
-Letters: F groups of g queries, W candidate nodes of all levels side by side, d and e the widths of keys and values.
+Letters: F groups of g queries, M candidate nodes of a level, d and e the widths of keys and values.
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from math import log
 from typing import Any
 
 import numpy as np
@@ -27,32 +25,36 @@ from opoch_xp.backends.cupy.launch import (
     tile_bytes,
     widened,
 )
-from opoch_xp.backends.cupy.split import finite_rows, principal_order, query_groups
+from opoch_xp.backends.cupy.split import principal_order, query_groups
+from opoch_xp.backends.generic.tree import finite_rows
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Lists, Tree, group_count, level_nodes
+from opoch_xp.treecode.plan import LevelPlan, group_count, level_plan
+from opoch_xp.treecode.tree import Lists, Part, Tree
 
 __all__ = ["build_tree", "query_groups", "tree_attention"]
 
 Array = Any
 BUILD, ATTEND = "build_tree.cu", "tree_attention.cu"
 THREADS = 256  # of kernels without a tile
-ELEMENTS = 1 << 26  # log masses held at a time: 256 MB in float32
+ELEMENTS = 1 << 25  # log masses held at a time, and as many of what nodes may hold: 256 MB in float32
+LAW = 6  # numbers of a Law in law.cuh
 
 
 @on_device
 def build_tree(
-    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None = None, order: Array | None = None
-) -> Tree:
+    k: Array, v: Array, axes: Any, method: Treecode, *, mask: Array | None = None, order: Array | None = None,
+    stretch: Array | None = None,
+) -> Tree:  # fmt: skip
     """See opoch_xp.backends.generic.tree.build_tree."""
     xp = array_namespace(k)
     chunks, size, dim = k.shape
     width = v.shape[2]
     if k.dtype.name in HALVES:
-        tree = build_tree(*widened(k, v), axes, method, mask=mask, order=order)
+        tree = build_tree(*widened(k, v), axes, method, mask=mask, order=order, stretch=stretch)
         return replace(tree, cells=xp.astype(tree.cells, k.dtype)) if tensor_cores(k, dim, width) else tree
     k, v, mask = contiguous(k, v, mask)
     if order is None:
-        order = principal_order(k, axes, method.iterations, mask)
+        order = principal_order(k, axes, method.iterations, mask, stretch)
     (order,) = contiguous(order)
     cells = xp.empty((chunks, size, dim + width), dtype=k.dtype)
     run(
@@ -60,7 +62,7 @@ def build_tree(
         k, v, order, cells, np.int64(chunks * size), np.int64(size), dim, width,
     )  # fmt: skip
     kept = None if mask is None else xp.take_along_axis(mask, order, axis=1)
-    levels = level_nodes(size, method)
+    levels = level_plan(size, method).nodes
     counts = None if kept is None else [_sums(xp, xp.astype(kept, k.dtype), nodes) for nodes in levels]
     below, weight, summaries = cells, None if kept is None else xp.astype(kept, k.dtype), []
     for level, nodes in enumerate(levels):
@@ -86,154 +88,167 @@ def tree_attention(
     tree: Tree,
     first: np.ndarray,
     count: np.ndarray,
-    axes: Any,
+    groups: Array,
     method: Treecode,
     *,
     scale: float,
-    groups: Array | None = None,
+    seen: Array,
     lists: Lists | None = None,
-) -> tuple[Array, Array]:
-    """See opoch_xp.backends.generic.tree.tree_attention."""
+) -> Part:
+    """See opoch_xp.backends.generic.tree.tree_attention. Where nothing bounds what is opened, the most nodes that a
+    group of a batch opens are read back once a level."""
     xp = array_namespace(queries)
-    tasks, n, dim = queries.shape
-    width = tree.cells.shape[2] - dim
+    tasks, n, _ = queries.shape
     (queries,) = widened(queries)
-    out, lse = xp.zeros((tasks, n, width), dtype=queries.dtype), xp.full((tasks, n), -xp.inf, dtype=queries.dtype)
-    first, count = np.asarray(first, dtype=np.int64), np.asarray(count, dtype=np.int64)
-    if not out.size or not count.any():
-        return out, lse
-    if groups is None:
-        groups = query_groups(queries, axes, method)
-    queries, finite = finite_rows(queries)
-    (queries,) = contiguous(queries)
-    total = group_count(n, method.group)
+    finite = finite_rows(queries)
+    (queries,) = contiguous(xp.where(finite[..., None], queries, xp.asarray(0, dtype=queries.dtype)))
+    plan, total = level_plan(tree.cells.shape[1], method), group_count(n, method.group)
+    walk = Walk.of(queries, seen, tree, method, plan, float(scale))
     base = xp.arange(tasks, dtype=xp.int64)[:, None] * n
-    index = xp.reshape(xp.where(groups < n, groups + base, -1), (tasks * total, -1))
+    index = xp.reshape(xp.where(groups < n, groups + base, -1), (tasks * total, groups.shape[1] // total))
     votes = xp.take(xp.reshape(finite, (-1,)), xp.where(index < 0, 0, index)) & (index >= 0)
-    index, weight = contiguous(index, xp.astype(votes, queries.dtype))
-    begin, chunks = (xp.asarray(np.repeat(x, total)) for x in (first, count))
-    stored = xp.astype(queries, tree.cells.dtype, copy=False)
-    work = Work(queries, stored, index, weight, begin, chunks, int(count.max()))
-    forest = Forest.of(tree, method, work.widest)
-    step = max(1, ELEMENTS // (index.shape[1] * forest.width))
-    for start in range(0, tasks * total, step):
-        some = slice(start, min(start + step, tasks * total))
-        chosen = None if lists is None else Lists(tuple(a[some] for a in lists.opened), lists.own[some])
-        _attend(work.of(some), tree, forest, method, float(scale), chosen, out, lse)
-    spoiled = ~finite
-    out[spoiled], lse[spoiled] = xp.nan, xp.nan
-    return out, lse
+    first, count = (np.asarray(x, dtype=np.int64).repeat(total) for x in (first, count))
+    widest = int(count.max(initial=0))
+    threshold = np.asarray([plan.threshold(chunks, method.rtol) for chunks in range(widest + 1)])[count]
+    read = xp.zeros((tasks * total, 3), dtype=queries.dtype)
+    work = Work(*contiguous(index, votes), xp.asarray(threshold, dtype=queries.dtype), read)
+    if widest:
+        chunks = xp.asarray(first[:, None] + np.arange(widest))
+        given = None if lists is None else Given.of(xp, lists, plan, xp.asarray(first)[:, None])
+        walk.level(plan.depth, work, Opened(chunks, xp.asarray(count.astype(np.int32)), widest), given)
+    out, lse = walk.finished(xp, (tasks, n))
+    out, lse = xp.where(finite[..., None], out, xp.nan), xp.where(finite, lse, xp.nan)
+    return Part(out, lse, xp.sum(xp.reshape(read, (tasks, total, 3)), axis=1))
 
 
 @dataclass(frozen=True)
 class Work:
-    """Queries (T, n, d), also as the cells are stored, in groups: index (F, g) flat rows or -1, votes (F, g), first and
-    count (F,) of each group's run, `widest` of the counts."""
+    """Queries in groups: index (F, g) flat rows or -1, votes (F, g), threshold (F,) as `LevelPlan.threshold`, and what
+    is read (F, 3), added to."""
 
-    queries: Array
-    stored: Array
     index: Array
     votes: Array
-    first: Array
-    count: Array
-    widest: int
+    threshold: Array
+    read: Array
 
     def of(self, some: slice) -> "Work":
-        index, votes, first, count = (x[some] for x in (self.index, self.votes, self.first, self.count))
-        return Work(self.queries, self.stored, index, votes, first, count, self.widest)
+        return Work(self.index[some], self.votes[some], self.threshold[some], self.read[some])
 
 
 @dataclass(frozen=True)
-class Forest:
-    """The nodes of all levels in one list: rows (R, 2 d + e) and logs (R,), ln of their keys. For each level, coarsest
-    first: where it starts in the list, nodes of a chunk, children of a node of the level above, and the columns
-    [low, high) of its candidates and the nodes opened, at the most."""
+class Opened:
+    """Nodes that groups open of a level, `width` at the most: rows (F, C) of its summaries, amount (F,) of them."""
 
     rows: Array
-    logs: Array
-    levels: tuple[tuple[int, int, int, int, int, int], ...]
+    amount: Array
     width: int
 
+    def of(self, some: slice) -> "Opened":
+        return Opened(self.rows[some], self.amount[some], self.width)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Lists in rows of the summaries: the nodes of each level, finest first, (F, G), -1 for none; reads (F, g, G)."""
+
+    nodes: tuple[Array, ...]
+    reads: Array
+
     @staticmethod
-    def of(tree: Tree, method: Treecode, widest: int) -> "Forest":
-        xp = array_namespace(tree.cells)
-        rows = xp.concat([xp.reshape(a, (-1, a.shape[2])) for a in tree.summaries], axis=0)
-        if tree.counts is None:
-            sizes = zip(tree.summaries, tree.sizes, strict=True)
-            logs = [xp.full(a.shape[0] * a.shape[1], log(size), dtype=rows.dtype) for a, size in sizes]
-        else:
-            logs = [
-                xp.where(a > 0, xp.log(xp.where(a > 0, a, xp.asarray(1, dtype=a.dtype))), -xp.inf)
-                for a in (xp.reshape(count, (-1,)) for count in tree.counts)
-            ]
-        logs = xp.astype(xp.concat(logs), rows.dtype)
-        nodes = [a.shape[1] for a in tree.summaries]
-        offsets = np.cumsum([0, *(a.shape[0] * a.shape[1] for a in tree.summaries)]).tolist()
-        children = [fine // coarse for fine, coarse in pairwise(nodes)] + [1]
-        levels, low, candidates = [], 0, widest * nodes[-1]
-        for level in range(len(nodes) - 1, -1, -1):
-            opened = min(method.open if level else method.near, candidates)
-            levels.append((offsets[level], nodes[level], children[level], low, low + candidates, opened))
-            low, candidates = low + candidates, opened * children[level - 1]
-        return Forest(rows, logs, tuple(levels), low)
+    def of(xp: Any, lists: Lists, plan: LevelPlan, first: Array) -> "Given":
+        levels = zip((lists.cells, *reversed(lists.opened)), plan.nodes, strict=True)
+        nodes = [xp.where(a < 0, -1, a + first * per_chunk) for a, per_chunk in levels]
+        return Given(tuple(contiguous(*nodes)), *contiguous(lists.reads))
+
+    def of_groups(self, some: slice) -> "Given":
+        return Given(tuple(a[some] for a in self.nodes), self.reads[some])
 
 
-def _attend(
-    work: Work, tree: Tree, forest: Forest, method: Treecode, scale: float, lists: Lists | None, out: Array, lse: Array
-) -> None:
-    """Steps 1 to 5 for some groups, into out (T, n, e) and lse (T, n)."""
-    q, index, first, count = work.queries, work.index, work.first, work.count
-    xp = array_namespace(q)
-    groups, g = index.shape
-    dim, width, whole = tree.dim, out.shape[2], forest.width
-    far = xp.full((groups, whole), -1, dtype=xp.int64)
-    mass, norm = xp.empty((groups, g, whole), dtype=q.dtype), xp.full((groups, g), -xp.inf, dtype=q.dtype)
-    before, amount_before, stride = None, None, 1  # the nodes opened at the level above, numbers a row
-    for number, (offset, nodes, children, low, high, most) in enumerate(forest.levels):
-        given = None if lists is None else xp.ascontiguousarray(lists.opened[number])
+@dataclass(frozen=True)
+class Walk:
+    """One call: queries (T, n, d), also as the cells are stored, what they read before, seen (T * n,), the trees, and
+    the state of the softmax: tops and totals (parts of a value, T * n), out (T * n, e)."""
+
+    queries: Array
+    stored: Array
+    seen: Array
+    tree: Tree
+    method: Treecode
+    plan: LevelPlan
+    scale: float
+    columns: int
+    tops: Array
+    totals: Array
+    out: Array
+
+    @staticmethod
+    def of(queries: Array, seen: Array, tree: Tree, method: Treecode, plan: LevelPlan, scale: float) -> "Walk":
+        xp, kind = array_namespace(queries), queries.dtype
+        rows, width = queries.shape[0] * queries.shape[1], tree.cells.shape[2] - tree.dim
+        stored = xp.astype(queries, tree.cells.dtype, copy=False)
+        columns = columns_for(width, stored.dtype)
+        copies = max(1, parts(width, columns))
+        (seen,) = contiguous(xp.reshape(xp.astype(seen, kind, copy=False), (-1,)))
+        state = xp.full((copies, rows), -xp.inf, dtype=kind), xp.zeros((copies, rows), dtype=kind)
+        out = xp.zeros((rows, width), dtype=kind)
+        return Walk(queries, stored, seen, tree, method, plan, scale, columns, *state, out)
+
+    def level(self, number: int, work: Work, above: Opened, given: Given | None) -> None:
+        """The level `number` and all below it, for groups that opened `above`, some groups at a time: masses of one
+        level are held, of all groups that ELEMENTS allows."""
+        each = self.plan.nodes[number] if number == self.plan.depth else self.plan.children(number + 1)
+        groups, g = work.index.shape
+        step = max(1, ELEMENTS // (g * above.width * each))
+        for start in range(0, groups, step):
+            some = slice(start, min(start + step, groups))
+            batch, listed = work.of(some), None if given is None else given.of_groups(some)
+            opened = self.opened(number, batch, above.of(some), each, listed)
+            if number and opened.width:
+                self.level(number - 1, batch, opened, listed)
+
+    def opened(self, number: int, work: Work, above: Opened, each: int, given: Given | None) -> Opened:
+        """What groups open of a level; the rest of it is taken into the state, and of the cells what is read."""
+        q, xp = self.queries, array_namespace(self.queries)
+        (groups, g), dim, width, most = work.index.shape, q.shape[2], self.out.shape[1], self.method.most or 0
+        wide, stride = above.width * each, above.rows.shape[1]
+        counts = None if self.tree.counts is None else self.tree.counts[number]
+        rows, counts = contiguous(self.tree.summaries[number], counts)
+        node, opened = xp.empty((groups, wide), dtype=xp.int64), xp.empty((groups, wide), dtype=xp.int64)
+        mass, may = xp.empty((groups, g, wide), dtype=q.dtype), xp.empty((groups, g, wide), dtype=q.dtype)
+        shared = 8 * (QUERIES + 2 * KEYS) + q.dtype.itemsize * (LAW * KEYS + dim * QUERIES + SLAB * (KEYS + 1))
         run(
-            ATTEND, "node_masses", q, (groups, parts(high - low, KEYS), parts(g, QUERIES)), TILE_THREADS,
-            q, index, first, count, forest.rows, forest.logs, before, amount_before, far, mass, g,
-            whole, stride, low, nodes, children, np.int64(offset), dim, width, scale,
-            shared=8 * (QUERIES + 2 * KEYS) + (KEYS + dim * QUERIES + SLAB * (KEYS + 1)) * q.dtype.itemsize,
+            ATTEND, "node_masses", q, (groups, parts(wide, KEYS), parts(g, QUERIES)), TILE_THREADS,
+            q, work.index, rows, counts, above.rows, above.amount, node, mass, may, g, wide, stride, each,
+            self.tree.sizes[number], dim, width, self.scale, shared=shared,
         )  # fmt: skip
-        above, amount_above, stride_above = before, amount_before, stride
-        stride = max(1, most) if given is None else max(1, given.shape[1])
-        before = xp.empty((groups, stride), dtype=xp.int64)
-        amount_before = xp.empty(groups, dtype=xp.int32)
-        share = xp.empty((groups, high - low), dtype=q.dtype)
+        nodes = None if given is None else given.nodes[number]
+        listed = 0 if nodes is None else nodes.shape[1]
+        reads = None if given is None or number else given.reads
+        amount, whole = xp.empty(groups, dtype=xp.int32), xp.empty((groups, g), dtype=q.dtype)
+        share = xp.empty((groups, wide), dtype=q.dtype)
         run(
             ATTEND, "pick_nodes", q, (groups,), THREADS,
-            mass, work.votes, count, above, amount_above, given, norm, share, far, before, amount_before, g, whole,
-            high - low, stride, stride_above, low, nodes, children, most,
+            work.index, work.votes, self.seen, self.tops, self.totals, work.threshold, above.amount, node, may, mass,
+            nodes, reads, whole, share, opened, amount, work.read, g, wide, listed, each, self.plan.forced[number],
+            most, 0 if number else self.tree.leaf, shared=4 * THREADS // LANES,
         )  # fmt: skip
-    own = _own(work, forest, method, lists, far, mass, (above, amount_above, stride_above))
-    columns = columns_for(width, work.stored.dtype)
-    own_width = 0 if own is None else own.shape[2]
-    run(
-        ATTEND, "attend_lists", work.stored, (groups, parts(g, QUERIES), parts(width, columns)), TILE_THREADS,
-        work.stored, index, first, forest.rows, far, mass, tree.cells, tree.kept, before, amount_before, own, out, lse,
-        g, whole, stride, own_width, tree.summaries[0].shape[1], tree.leaf, dim, width, scale,
-        template=(columns, "true" if own_width else "false"), shared=tile_bytes(dim, columns, work.stored.dtype),
-    )  # fmt: skip
+        cells, kept = (None, None) if number else contiguous(self.tree.cells, self.tree.kept)
+        run(
+            ATTEND, "attend_lists", self.stored, (groups, parts(g, QUERIES), self.tops.shape[0]), TILE_THREADS,
+            self.stored, work.index, above.amount, rows, node, mass, cells, kept, opened, amount, self.out, self.tops,
+            self.totals, np.int64(self.tops.shape[1]), g, wide, each, self.tree.leaf, dim, width, self.scale,
+            template=(self.columns,), shared=tile_bytes(dim, self.columns, self.stored.dtype),
+        )  # fmt: skip
+        if number == 0:
+            return Opened(opened, amount, 0)
+        if given is not None or most:
+            return Opened(opened, amount, min(wide, most if given is None else listed))
+        return Opened(opened, amount, int(xp.max(amount)))  # read back: it sizes the next level
 
-
-def _own(
-    work: Work, forest: Forest, method: Treecode, lists: Lists | None, far: Array, mass: Array, above: Any
-) -> Array | None:
-    """Each query's own cells (F, g, own), whose mass is spent; None where there are none."""
-    xp = array_namespace(mass)
-    _, nodes, children, low, high, near = forest.levels[-1]
-    groups, g, whole = mass.shape
-    wanted = min(method.own, high - low - near) if lists is None else lists.own.shape[2]
-    if wanted <= 0:
-        return None
-    given = None if lists is None else xp.ascontiguousarray(lists.own)
-    own = xp.empty((groups, g, wanted), dtype=xp.int64)
-    opened, amount, stride = above
-    run(
-        ATTEND, "own_cells", mass, (parts(groups * g * LANES, THREADS),), THREADS,
-        mass, far, work.count, opened, amount, given, own, np.int64(groups * g), g, whole, stride, low, nodes, children,
-        wanted,
-    )  # fmt: skip
-    return own
+    def finished(self, xp: Any, lead: tuple[int, int]) -> tuple[Array, Array]:
+        """out (T, n, e) and lse (T, n); zeros and -inf for a query that saw nothing."""
+        total = self.totals[0]
+        some = total != 0
+        safe = xp.where(some, total, xp.asarray(1, dtype=total.dtype))
+        lse = xp.where(some, self.tops[0] + xp.log(safe), -xp.inf)
+        return xp.reshape(self.out / safe[:, None], (*lead, self.out.shape[1])), xp.reshape(lse, lead)
