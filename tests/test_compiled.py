@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 import opoch_xp as ox
 from opoch_xp.backends import compiled, generic
 from opoch_xp import workloads
-from opoch_xp.backends.compiled import attend, exact, masses, products, split, tree, vector
+from opoch_xp.backends.compiled import attend, exact, masses, products, split, tree, vector, walk
 from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.generic.tree import tree_lists
 from opoch_xp.testing import assert_close, qkv
@@ -77,7 +77,7 @@ def test_the_heaviest_come_first_ties_to_the_lower_place() -> None:
     for count, width in product((1, 2, 7, 40), (0, 1, 3, 7, 100)):
         share_of = rng.integers(0, 4, count).astype(np.float64)
         picked = np.ones(count, bool)
-        attend.heaviest(share_of, width, picked)
+        walk.heaviest(share_of, width, picked)
         expected = np.zeros(count, bool)
         expected[np.argsort(-share_of, kind="stable")[:width]] = True
         np.testing.assert_array_equal(picked, expected)
@@ -137,7 +137,7 @@ def test_dots_of_rows(dtype: str) -> None:
 
 @vector.compiled
 def by_the_law(mass: Any, may: Any, table: Any, top: Any, count: Any) -> None:
-    attend.law_constants(count, table)
+    walk.law_constants(count, table)
     for i in range(mass.shape[0]):
         masses.law(mass, may, i, table, top)
 

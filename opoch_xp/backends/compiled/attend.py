@@ -15,113 +15,26 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.backends.compiled import masses
-from opoch_xp.backends.compiled.masses import GAIN, KNEE, LOG, SHARE, SLOPE, WIDTH
-from opoch_xp.backends.compiled.products import (
-    ROWS,
-    add_product,
-    add_products,
-    dots,
-    dots_of_rows,
-    fetch,
-    mix,
-    turn,
+from opoch_xp.backends.compiled.products import ROWS, add_product, add_products, dots_of_rows, fetch, mix, turn
+from opoch_xp.backends.compiled.vector import VECTOR, array_at, compiled, exponential, inlined
+from opoch_xp.backends.compiled.walk import (
+    READERS,
+    askers,
+    decide,
+    grown,
+    grown_list,
+    left,
+    load_group,
+    log_masses,
+    open_listed,
+    open_nodes,
 )
-from opoch_xp.backends.compiled.vector import VECTOR, array_at, compiled, exponential, inlined, lowest_bit
 
 Array = Any
 
-READERS = 4  # queries that read a cell at a time
 FEW = 4  # queries for which the keys of a cell are not worth turning
 LOST = 1e-20  # a sum of weights: what fell below the smallest number is still nothing beside it
 LARGEST = 1e20  # sum of weights relative to the maximum that was estimated, far within float32
-NEGLIGIBLE = 1e-9  # of a query's largest weight: a node that holds less for every query is not looked at again
-
-
-@compiled
-def law_constants(count: Any, table: Array) -> None:
-    """The coefficients of opoch_xp.treecode.law for nodes of `count` keys, in their places of table (6,)."""
-    log = math.log(max(count, 1))
-    t, s, p = 1 + 0.26 * log, 1 / (1 + 0.25 * log), 1.2 + 0.4 * log
-    table[LOG], table[GAIN], table[WIDTH] = log, log * (0.92 + 0.067 * log), 1 / (t * t)
-    table[SLOPE], table[KNEE], table[SHARE] = s * s, p * p, p * p / max(count, 1)
-
-
-@compiled
-def log_masses(
-    rows: Array, node: Array, m: int, counts: Array, size: int, dim: int, queries: Array, squares: Array,
-    mass: Array, may: Array, top: Array,
-) -> None:  # fmt: skip
-    """Log masses of the nodes node[:m] and of what they may hold, into `mass` and `may` (m, g); -inf for no key.
-
-    rows (nodes, 2 d + e); counts (nodes,), or empty: all have `size` keys. queries (d, g), scaled; squares (d, g): their
-    squares. top (g,) is raised to the largest mass.
-    """
-    padded = -(-m // ROWS) * ROWS
-    for i in range(m, padded):
-        node[i] = node[0]
-    dots(rows, node, 0, padded, 0, dim, queries, mass)
-    dots(rows, node, 0, padded, dim, dim, squares, may)
-    whole, table = np.empty(6, mass.dtype), np.empty(6, mass.dtype)
-    law_constants(size, whole)
-    for i in range(m):
-        if counts.size == 0 or counts[node[i]] == size:
-            masses.law(mass, may, i, whole, top)
-        elif counts[node[i]] > 0:
-            law_constants(counts[node[i]], table)
-            masses.law(mass, may, i, table, top)
-        else:
-            for j in range(mass.shape[1]):
-                mass[i, j] = -np.inf
-                may[i, j] = -np.inf
-
-
-@compiled
-def heaviest(share: Array, width: int, picked: Array) -> None:
-    """Mark in `picked` the `width` largest of `share`, ties to the lower place."""
-    count = share.size
-    if width >= count:
-        picked[:count] = True
-        return
-    picked[:count] = False
-    if width == 0:
-        return
-    least = np.partition(share, count - width)[count - width]
-    ties = width
-    for i in range(count):
-        if share[i] > least:
-            picked[i] = True
-            ties -= 1
-    for i in range(count):
-        if ties > 0 and share[i] == least and not picked[i]:
-            picked[i] = True
-            ties -= 1
-
-
-@compiled
-def load_group(
-    queries: Array, finite: Array, index: Array, scale: Any, seen: Array, turned: Array, squares: Array, lined: Array,
-    votes: Array, top: Array, total: Array, known: Array,
-) -> None:  # fmt: skip
-    """The queries of a group, index (count,) of queries (N, d), scaled: turned (d, g), lined (count, d); their squares;
-    votes (g,) bool, False for queries that are not finite and for padding. The state of the softmax: nothing is taken
-    in, and what was read before, seen (N,), is known."""
-    votes[:] = False
-    top[:] = -np.inf
-    total[:] = 0
-    known[:] = 0
-    for j in range(index.size):
-        row = index[j]
-        votes[j] = finite.size == 0 or finite[row]
-        if votes[j] and seen[row] > -np.inf:
-            top[j] = seen[row]
-            known[j] = 1
-        for c in range(queries.shape[1]):
-            lined[j, c] = queries[row, c] * scale
-    turn(lined, 0, index.size, queries.shape[1], turned)
-    turned[:, index.size :] = 0
-    for c in range(turned.shape[0]):
-        for j in range(turned.shape[1]):
-            squares[c, j] = turned[c, j] * turned[c, j]
 
 
 @compiled
@@ -143,53 +56,6 @@ def rescale(old: Array, top: Array, total: Array, known: Array, sums: Array, lin
     for j in range(lined.shape[0] - 1):  # the last is nobody's
         for c in range(lined.shape[1]):
             lined[j, c] *= old[j]
-
-
-@compiled
-def place_of(number: Array, wanted: int) -> int:
-    """Where `wanted` stands in `number`, -1 where it does not."""
-    for place in range(number.size):
-        if number[place] == wanted:
-            return place
-    return -1
-
-
-@inlined
-def left(mass: Array, m: int, opened: Array, heavy: Array, node: Array, total: Array) -> int:
-    """Brings the rows of `mass`, and their nodes, that are not opened and hold something to the front; how many. Adds
-    their weights to total (g,)."""
-    live, least = 0, NEGLIGIBLE if mass.itemsize == 4 else NEGLIGIBLE * NEGLIGIBLE
-    for i in range(m):
-        if not opened[i] and heavy[i] >= least:
-            masses.keep(mass, i, live, total)
-            node[live] = node[i]
-            live += 1
-    return live
-
-
-@inlined
-def passing(may: Array, i: int, cut: Array, asks: Array, used: int) -> int:
-    """The queries j for which may[i, j] passes cut[j], in their order, into asks[used:]; how many."""
-    count, vector = 0, VECTOR // cut.itemsize
-    for j in range(0, cut.size, vector):
-        bits = masses.above(may, i, j, cut)
-        while bits != 0:
-            asks[used + count] = j + lowest_bit(bits)
-            count += 1
-            bits &= bits - 1
-    return count
-
-
-@compiled
-def listed_readers(cells: Array, reads: Array, f: int, count: int, wanted: int, asks: Array, used: int) -> int:
-    """The queries of group f, of `count`, that read a cell by the lists cells (groups, u) and reads (groups, g, u), into
-    asks[used:]; how many."""
-    place, asking = place_of(cells[f], wanted), 0
-    for j in range(count):
-        if reads[f, j, place]:
-            asks[used + asking] = j
-            asking += 1
-    return asking
 
 
 @compiled
@@ -260,32 +126,6 @@ def read_cell(
 
 
 @compiled
-def grown(array: Array, rows: int) -> Array:
-    """The array, or one of at least so many rows, where what was in it is lost."""
-    if array.shape[0] >= rows:
-        return array
-    return np.empty((max(rows, 2 * array.shape[0]), array.shape[1]), array.dtype)
-
-
-@compiled
-def grown_list(array: Array, size: int) -> Array:
-    """The list, or one of at least so many entries, where what was in it is lost."""
-    return array if array.size >= size else np.empty(max(size, 2 * array.size), array.dtype)
-
-
-@compiled
-def open_nodes(number: Array, opened: Array, m: int, children: int, below: Array) -> int:
-    """The children of the opened nodes, numbered into `below`; how many."""
-    count = 0
-    for i in range(m):
-        if opened[i]:
-            for child in range(children):
-                below[count] = number[i] * children + child
-                count += 1
-    return count
-
-
-@compiled
 def finish(
     sums: Array, lined: Array, total: Array, top: Array, index: Array, turned: Array, out: Array, lse: Array
 ) -> None:
@@ -334,20 +174,18 @@ def attend_groups(
     sums_turned = np.empty((g, e), kind)
     lined, lined_sums = np.zeros((rows_held + 1, dim), kind), np.zeros((rows_held + 1, e), kind)
     top, old, total, known = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
-    whole, cut, votes = np.empty(g, kind), np.empty(g, kind), np.empty(g, np.bool_)
+    cut, votes = np.empty(g, kind), np.empty(g, np.bool_)
     asked, asks = np.empty(256, np.int64), np.empty(256, np.int64)
     keys, logits, weights = np.empty((dim, lanes), kind), np.empty((READERS, lanes), kind), np.empty((READERS, lanes), kind)
-    same, none = np.arange(READERS), np.empty(0, kind)
+    same, last, none = np.arange(READERS), depth - 1, np.empty(0, kind)
     for f in range(low, high):
-        count = held[f]
-        load_group(queries, finite, index[f, :count], scale, seen, turned, squares, lined, votes, top, total, known)
+        count, m, spot = held[f], chunks[f] * nodes[0], 0
+        voters = load_group(
+            queries, finite, index[f, :count], scale, seen, turned, squares, lined, votes, top, total, known
+        )
         sums[:] = 0
         lined_sums[:] = 0
-        voters, looked, read_keys, bounded, spot = 0, 0, 0, False, 0
-        for j in range(count):
-            voters += votes[j]
-        threshold = thresholds[chunks[f]]
-        m = chunks[f] * nodes[0]
+        read[f, :] = 0
         number = grown_list(number, m)
         for i in range(m):
             number[i] = i
@@ -355,96 +193,53 @@ def attend_groups(
             mass, may = grown(mass, m + ROWS), grown(may, m + ROWS)
             node, hot, heavy = grown_list(node, m + ROWS), grown_list(hot, m), grown_list(heavy, m)
             opened, forces = grown_list(opened, m), grown_list(forces, m)
+            base, every = first[f] * nodes[level], chunks_held * nodes[level]
             for i in range(m):
-                node[i] = first[f] * nodes[level] + number[i]
-            every = chunks_held * nodes[level]
+                node[i] = base + number[i]
             rows = array_at(levels[level], every, width, cells)
             some = array_at(counts[level], 1, every, cells)[0] if counts.size else none
-            looked += m
             old[:] = top
             log_masses(rows, node, m, some, sizes[level], dim, turned, squares, mass, may, top)
             rescale(old, top, total, known, sums, lined_sums)
-            for j in range(g):
-                whole[j] = total[j] + known[j]
-                old[j] = np.inf if j >= count else (top[j] if top[j] > -np.inf else 0)  # padding weighs nothing
-            for i in range(m):
-                heavy[i] = masses.weigh(mass, i, old, whole)
-            for j in range(g):
-                cut[j] = old[j] + math.log(whole[j]) + threshold if votes[j] else np.inf
-            for i in range(m):
-                hot[i] = masses.hottest(may, i, cut)
-                opened[i] = hot[i] > 0
-            if forced[level] > 0:
-                heaviest(hot[:m], forced[level], forces)
-                for i in range(m):
-                    opened[i] |= forces[i] and hot[i] > -np.inf
+            bounded = decide(
+                mass, may, m, top, total, known, count, votes, thresholds[chunks[f]], forced[level], most, old, cut,
+                hot, heavy, opened, forces,
+            )  # fmt: skip
+            read[f, 0] += m * voters
+            if bounded:
+                read[f, 2] = voters
             if given:
-                listed = opened_list[f, spot : spot + widths[level]] if level + 1 < depth else cell_list[f]
-                opened[:m] = False
-                for wanted in listed:
-                    place = place_of(number[:m], wanted) if wanted >= 0 else -1
-                    if place >= 0:
-                        opened[place] = True
-                spot += widths[level] if level + 1 < depth else 0
-            elif most > 0:
-                wanted = 0
-                for i in range(m):
-                    wanted += opened[i]
-                if wanted > most:
-                    bounded = True
-                    for i in range(m):
-                        hot[i] = hot[i] if opened[i] else -np.inf
-                    heaviest(hot[:m], most, opened)
-            if level + 1 < depth:
+                open_listed(cell_list[f] if level == last else opened_list[f, spot : spot + widths[level]], number, m, opened)
+                spot += widths[level] if level < last else 0
+            wanted = 0
+            for i in range(m):
+                wanted += opened[i]
+            if level < last:
                 children = nodes[level + 1] // nodes[level]
-                wanted = 0
-                for i in range(m):
-                    wanted += opened[i]
                 below = grown_list(below, wanted * children)
                 after = open_nodes(number, opened, m, children, below)
-                live = left(mass, m, opened, heavy, node, total)
-                mix(rows, node, 0, live, 2 * dim, e, mass[:live], sums)
                 number, below = below, number
-                m = after
-                continue
-            # the cells: read by each query for which they pass, closed for the others
-            base, several = first[f] * nodes[level], 0
-            for i in range(m):
-                several += opened[i]
-            asked, asks = grown_list(asked, 2 * several), grown_list(asks, several * (count + READERS))
-            several, used = 0, 0
-            for i in range(m):
-                number[i] += base
-                if not opened[i]:
-                    continue
-                if given:
-                    asking = listed_readers(cell_list, read_list, f, count, number[i] - base, asks, used)
-                else:
-                    asking = passing(may, i, cut, asks, used)
-                for j in range(used, used + asking):
-                    mass[i, asks[j]] = 0
-                asked[2 * several], asked[2 * several + 1] = number[i], asking
-                after = used + -(-asking // READERS) * READERS
-                for j in range(used + asking, after):
-                    asks[j] = rows_held
-                used = after
-                several += 1
-                read_keys += asking * leaf
-            opened[:m] = False
+            else:
+                asked, asks = grown_list(asked, 2 * wanted), grown_list(asks, wanted * (count + READERS))
+                after = askers(
+                    mass, may, m, number, base, cut, opened, given, cell_list, read_list, f, count, rows_held, asked, asks
+                )
+                opened[:m] = False
             live = left(mass, m, opened, heavy, node, total)
             mix(rows, node, 0, live, 2 * dim, e, mass[:live], sums)
-            used = 0
-            for i in range(several):
-                cell, asking = asked[2 * i], asked[2 * i + 1]
-                after = asked[2 * i + 2] if i + 1 < several else -1
-                every_key = kept.size == 0 or some[cell] == leaf
-                read_cell(
-                    cells, kept, every_key, cell, leaf, dim, asks, used, asking, lined, keys, logits, weights, same, top,
-                    total, known, sums, lined_sums, after,
-                )  # fmt: skip
-                used += -(-asking // READERS) * READERS
+            m = after
+        used = 0
+        for i in range(m):
+            cell, asking = asked[2 * i], asked[2 * i + 1]
+            after = asked[2 * i + 2] if i + 1 < m else -1
+            every_key = kept.size == 0 or some[cell] == leaf
+            read_cell(
+                cells, kept, every_key, cell, leaf, dim, asks, used, asking, lined, keys, logits, weights, same, top, total,
+                known, sums, lined_sums, after,
+            )  # fmt: skip
+            used += -(-asking // READERS) * READERS
+            read[f, 1] += asking * leaf
         finish(sums, lined_sums, total, top, index[f, :count], sums_turned, out, lse)
-        read[f, 0], read[f, 1], read[f, 2] = looked * voters, read_keys, voters if bounded else 0
         for j in range(count):
             if votes[j] and total[j] < LOST and top[j] > seen[index[f, j]]:
                 read[f, 3] = 1
