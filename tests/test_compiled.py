@@ -95,7 +95,7 @@ def add_one(a: Any, ai: Any, x: Any, out: Any, oi: Any, count: int, columns: int
 
 @vector.compiled
 def turned(a: Any, first: int, count: int, columns: int, out: Any) -> None:
-    products.turn(a, first, count, columns, out)
+    products.turn(a, first, count, 3, columns, out)
 
 
 @vector.compiled
@@ -121,7 +121,7 @@ def test_products_added_to_rows_named_by_an_index(count: int, columns: int, dtyp
 def test_turning(count: int, columns: int, dtype: str) -> None:
     a, out = normal(0, 80, 70, dtype=dtype), np.full((columns + 1, count + 1), np.nan, dtype)
     turned(a, 9, count, columns, out)
-    np.testing.assert_array_equal(out[:columns, :count], a[9 : 9 + count, :columns].T)
+    np.testing.assert_array_equal(out[:columns, :count], a[9 : 9 + count, 3 : 3 + columns].T)
     assert np.isnan(out[columns]).all()
     assert np.isnan(out[:, count]).all()
 

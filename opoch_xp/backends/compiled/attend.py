@@ -87,7 +87,7 @@ def read_cell(
     first, lanes, e = cell * leaf, logits.shape[1], lined_sums.shape[1]
     few = count <= FEW and leaf == lanes and dim % (VECTOR // lined.itemsize) == 0
     if not few:
-        turn(cells, first, leaf, dim, keys)
+        turn(cells, first, leaf, 0, dim, keys)
     ahead, each = 0, max(1, -(-leaf * READERS // count))
     for low in range(used, used + count, READERS):
         some = min(READERS, used + count - low)
@@ -131,7 +131,7 @@ def finish(
 ) -> None:
     """Writes the rows `index` of out (N, e) and lse (N,), from sums (e, g) and (count, e). turned (g, e) is scratch."""
     one = sums.dtype.type(1)
-    turn(sums, 0, sums.shape[0], sums.shape[1], turned)
+    turn(sums, 0, sums.shape[0], 0, sums.shape[1], turned)
     for j in range(index.size):
         row = index[j]
         if total[j] > 0:
@@ -178,6 +178,7 @@ def attend_groups(
     asked, asks = np.empty(256, np.int64), np.empty(256, np.int64)
     keys, logits, weights = np.empty((dim, lanes), kind), np.empty((READERS, lanes), kind), np.empty((READERS, lanes), kind)
     same, last, none = np.arange(READERS), depth - 1, np.empty(0, kind)
+    nothing = np.empty((0, 0), kind)
     for f in range(low, high):
         count, m, spot = held[f], chunks[f] * nodes[0], 0
         voters = load_group(
@@ -199,7 +200,7 @@ def attend_groups(
             rows = array_at(levels[level], every, width, cells)
             some = array_at(counts[level], 1, every, cells)[0] if counts.size else none
             old[:] = top
-            log_masses(rows, node, m, some, sizes[level], dim, turned, squares, mass, may, top)
+            log_masses(rows, node, m, some, sizes[level], dim, turned, squares, mass, may, top, nothing)
             rescale(old, top, total, known, sums, lined_sums)
             bounded = decide(
                 mass, may, m, top, total, known, count, votes, thresholds[chunks[f]], forced[level], most, old, cut,

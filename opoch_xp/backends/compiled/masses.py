@@ -121,3 +121,60 @@ def keep(typing: Any, mass: Any, i: Any, into: Any, total: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(mass, types.intp, types.intp, total), generate
+
+
+@emitted
+def slopes(typing: Any, weight: Any, slope: Any, spread: Any, rest: Any, i: Any, table: Any) -> Any:
+    """weight[i], P, and slope[i], dout . v, become dl = P (dout . v - rest) and its derivative by sigma^2, which is
+    spread[i]; rest (g,). table (6,) as in `law`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, (_, _, _, _, i_, _) = Vectors(context, builder, weight.dtype), arguments
+        weight_, slope_, spread_, rest_, table_ = to.arrays(signature, arguments, 0, 1, 2, 3, 5)
+        gain, width = (to.spread(builder.load(to.at(table_, to.number(place)))) for place in (GAIN, WIDTH))
+        one, half = to.constant(1.0), to.mul(to.constant(0.5), to.mul(gain, width))
+        with to.each_vector(builder.extract_value(weight_.shape, 1)) as j:
+            at, along = to.at(weight_, i_, j), to.at(slope_, i_, j)
+            dl = to.mul(to.load(at), to.sub(to.load(along), to.load(to.at(rest_, j))))
+            root = to.sqrt(to.fma(to.load(to.at(spread_, i_, j)), width, one))
+            to.store(dl, at)
+            to.store(to.mul(dl, to.div(half, root)), along)
+        return context.get_dummy_value()
+
+    return types.void(weight, slope, spread, rest, types.intp, table), generate
+
+
+@emitted
+def weigh_pairs(typing: Any, logits: Any, slope: Any, r: Any, whole: Any, rest: Any) -> Any:
+    """logits[r] and slope[r], dout . v, become P = exp(logits - whole) and dl = P (dout . v - rest); whole and rest are
+    numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, (_, _, r_, whole_, rest_) = Vectors(context, builder, logits.dtype), arguments
+        logits_, slope_ = to.arrays(signature, arguments, 0, 1)
+        whole_, rest_ = to.spread(whole_), to.spread(rest_)
+        with to.each_vector(builder.extract_value(logits_.shape, 1)) as j:
+            at, along = to.at(logits_, r_, j), to.at(slope_, r_, j)
+            weight = to.exponential(to.sub(to.load(at), whole_))
+            to.store(weight, at)
+            to.store(to.mul(weight, to.sub(to.load(along), rest_)), along)
+        return context.get_dummy_value()
+
+    return types.void(logits, slope, types.intp, logits.dtype, logits.dtype), generate
+
+
+@emitted
+def weigh_against(typing: Any, logits: Any, slope: Any, i: Any, whole: Any, rest: Any) -> Any:
+    """The same for a row of queries: whole and rest (g,)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, (_, _, i_, _, _) = Vectors(context, builder, logits.dtype), arguments
+        logits_, slope_, whole_, rest_ = to.arrays(signature, arguments, 0, 1, 3, 4)
+        with to.each_vector(builder.extract_value(logits_.shape, 1)) as j:
+            at, along = to.at(logits_, i_, j), to.at(slope_, i_, j)
+            weight = to.exponential(to.sub(to.load(at), to.load(to.at(whole_, j))))
+            to.store(weight, at)
+            to.store(to.mul(weight, to.sub(to.load(along), to.load(to.at(rest_, j)))), along)
+        return context.get_dummy_value()
+
+    return types.void(logits, slope, types.intp, whole, rest), generate

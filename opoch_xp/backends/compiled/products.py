@@ -280,16 +280,16 @@ add_products, add_product = _products(ROWS), _products(1)
 
 
 @inlined
-def turn(a: Array, first: int, count: int, columns: int, out: Array) -> None:
-    """out[c, i] = a[first + i, c] for i below count and c below columns; out (columns, at least count)."""
+def turn(a: Array, first: int, count: int, column: int, columns: int, out: Array) -> None:
+    """out[c, i] = a[first + i, column + c] for i below count and c below columns; out (columns, at least count)."""
     vector = VECTOR // a.itemsize
     rows, wide = count // vector * vector, columns // vector * vector
     for i in range(0, rows, vector):
         for c in range(0, wide, vector):
-            _turn_square(a, first + i, c, out, c, i)
+            _turn_square(a, first + i, column + c, out, c, i)
     for i in range(count):
         for c in range(wide if i < rows else 0, columns):
-            out[c, i] = a[first + i, c]
+            out[c, i] = a[first + i, column + c]
 
 
 @inlined

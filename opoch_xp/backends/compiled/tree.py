@@ -1,5 +1,6 @@
 """The treecode's kernels on a host: summaries, and the launch of `attend`. Arrays are NumPy's; `workers` threads."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -120,6 +121,65 @@ def finite_rows(queries: Array) -> tuple[Array, Array | None]:
     return np.where(finite[..., None], queries, 0), finite
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Groups of queries that have something to read, and the trees that they read, as the kernels take them.
+
+    queries (N, d) of all tasks in turn, alive (N,) or empty: which are finite; seen (N,); index (groups, size), of which
+    held (groups,) are there; first and count (groups,) of each group's run; number (groups,) of each group among those of
+    all tasks. levels and counts: the addresses of the summaries and counts of each level, coarsest first. `kept_alive`
+    holds what lies there.
+    """
+
+    queries: Array
+    alive: Array
+    seen: Array
+    index: Array
+    held: Array
+    first: Array
+    count: Array
+    number: Array
+    levels: Array
+    counts: Array
+    plan: tuple[Array, Array, Array, Array]
+    cells: Array
+    kept: Array
+    kept_alive: tuple[Array, ...]
+
+    @classmethod
+    def of(
+        cls, queries: Array, tree: Tree, first: Any, count: Any, groups: Array, method: Treecode, seen: Array
+    ) -> "Launch":
+        """Arguments of tree_attention."""
+        tasks, n, dim = queries.shape
+        kind, plan = queries.dtype, level_plan(tree.cells.shape[1], method)
+        queries, finite = finite_rows(queries)
+        total = group_count(n, method.group)
+        size = groups.shape[1] // total
+        index = (groups.reshape(tasks, total, size) + np.arange(0, tasks * n, n)[:, None, None]).reshape(-1, size)
+        held = np.tile(np.minimum(size, n - np.arange(total) * size), tasks)  # padding comes last
+        first, count = (np.asarray(x, np.int64).repeat(total) for x in (first, count))
+        number = np.flatnonzero(count)
+        if len(number) > 1:
+            number = number[np.argsort(-count[number], kind="stable")]  # the longest first
+        index, held, first, count = (np.ascontiguousarray(x[number]) for x in (index, held, first, count))
+        most = int(count.max(initial=0))
+        thresholds = np.array([plan.threshold(chunks, method.rtol) for chunks in range(most + 1)], kind)
+        static = [np.array(figures[::-1]) for figures in (plan.nodes, plan.sizes, plan.forced)]
+        levels, numbers = ([plain(a) for a in (arrays or ())[::-1]] for arrays in (tree.summaries, tree.counts))
+        addresses = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (levels, numbers))
+        return cls(
+            plain(queries).reshape(-1, dim), NONE_KEPT if finite is None else plain(finite).reshape(-1),
+            plain(seen).reshape(-1), index, held, first, count, number, *addresses, (*static, thresholds),
+            plain(tree.cells).reshape(-1, tree.cells.shape[2]),
+            NONE_KEPT if tree.kept is None else plain(tree.kept).reshape(-1), (*levels, *numbers),
+        )  # fmt: skip
+
+    def of_groups(self, some: Array | slice) -> tuple[Array, ...]:
+        """Queries, and index, held, first and count of some of the groups."""
+        return self.queries, self.alive, *(x[some] for x in (self.index, self.held, self.first, self.count))
+
+
 def tree_attention(
     queries: Array,
     tree: Tree,
@@ -135,56 +195,45 @@ def tree_attention(
 ) -> Part:
     """See opoch_xp.backends.generic.tree.tree_attention."""
     tasks, n, dim = queries.shape
-    kind, width, plan = queries.dtype, tree.cells.shape[2] - tree.dim, level_plan(tree.cells.shape[1], method)
+    kind, width = queries.dtype, tree.cells.shape[2] - tree.dim
+    launch = Launch.of(queries, tree, first, count, groups, method, seen)
     out, lse = np.zeros((tasks * n, width), kind), np.full(tasks * n, -np.inf, kind)
-    queries, finite = finite_rows(queries)
-    first, count = (np.asarray(x, np.int64) for x in (first, count))
-    total = group_count(n, method.group)
-    size = groups.shape[1] // total
-    index = (groups.reshape(tasks, total, size) + np.arange(0, tasks * n, n)[:, None, None]).reshape(-1, size)
-    held = np.tile(np.minimum(size, n - np.arange(total) * size), tasks)  # padding comes last
-    task = np.arange(tasks).repeat(total)
-    first, count = first.repeat(total), count.repeat(total)
-    coarse = [plain(a) for a in tree.summaries[::-1]]
-    numbers = [] if tree.counts is None else [plain(a) for a in tree.counts[::-1]]
-    addresses = np.array([a.ctypes.data for a in coarse])  # nothing is copied: a cache may hold more than is read
-    counts = np.array([a.ctypes.data for a in numbers], np.int64)
-    cells = plain(tree.cells).reshape(-1, tree.cells.shape[2])
-    kept = NONE_KEPT if tree.kept is None else plain(tree.kept).reshape(-1)
-    alive = NONE_KEPT if finite is None else plain(finite).reshape(-1)
-    flat, before = plain(queries).reshape(-1, dim), plain(seen).reshape(-1)
-    heavy = np.flatnonzero(count)
-    if len(heavy) > 1:
-        heavy = heavy[np.argsort(-count[heavy], kind="stable")]  # the longest first
-    index, held, first, count = (np.ascontiguousarray(x[heavy]) for x in (index, held, first, count))
-    read = np.zeros((len(heavy), 4))
-    opened, cell_list, reads, widths = NO_LIST, NO_LIST, NO_READS, [0] * plan.depth
+    read = np.zeros((len(launch.number), 4))
+    opened, cells, reads, widths = NO_LIST, NO_LIST, NO_READS, [0]
     if lists is not None:
-        widths = [a.shape[1] for a in lists.opened]
-        opened = np.concatenate([NO_LIST[:0].reshape(len(lists.cells), 0), *map(np.asarray, lists.opened)], axis=1)
-        opened, cell_list, reads = (np.ascontiguousarray(x[heavy]) for x in (opened, lists.cells, lists.reads))
-    static = [np.array(figures[::-1]) for figures in (plan.nodes, plan.sizes, plan.forced)]
-    thresholds = np.array([plan.threshold(chunks, method.rtol) for chunks in range(int(count.max(initial=0)) + 1)], kind)
-    step = max(1, QUERIES // size)
+        widths = [a.shape[1] for a in lists.opened] or [0]
+        opened = np.concatenate([np.empty((len(lists.cells), 0), np.int64), *map(np.asarray, lists.opened)], axis=1)
+        opened, cells, reads = (np.ascontiguousarray(x[launch.number]) for x in (opened, lists.cells, lists.reads))
+    step, all_of = max(1, QUERIES // launch.index.shape[1]), launch.of_groups(slice(None))
 
     def work(low: int) -> None:
         attend_groups(
-            flat, alive, index, held, first, count, low, min(low + step, len(index)), addresses, counts,
-            len(tree.cells), *static, thresholds, method.most or 0, cells, kept, tree.leaf, dim,
-            kind.type(scale), before, lists is not None, opened, np.array(widths), cell_list, reads, out, lse, read,
+            *all_of, low, min(low + step, len(read)), launch.levels, launch.counts, len(tree.cells), *launch.plan,
+            method.most or 0, launch.cells, launch.kept, tree.leaf, dim, kind.type(scale), launch.seen,
+            lists is not None, opened, np.array(widths), cells, reads, out, lse, read,
         )  # fmt: skip
 
-    share(work, range(0, len(index), step), workers)
+    share(work, range(0, len(read), step), workers)
     for f in np.flatnonzero(read[:, 3]).tolist():
-        rows = index[f, : held[f]]
-        given = None if lists is None else Lists(tuple(a[heavy[f : f + 1]] for a in lists.opened), cell_list[f : f + 1], reads[f : f + 1, : held[f]])
-        voters = np.ones((1, len(rows)), bool) if finite is None else alive[None, rows]
-        group = Group(flat[None, rows], before[None, rows], voters, first[f : f + 1], count[f : f + 1], int(count[f]))
-        with np.errstate(all="ignore"):
-            found = attend_groups_plainly(group, tree, method, scale, given, largest)
-        out[rows], lse[rows] = found[0][0], found[1][0]
-    if finite is not None:
-        out[~alive], lse[~alive] = np.nan, np.nan
+        _done_again(launch, f, tree, method, scale, lists, out, lse)
+    if launch.alive.size:
+        out[~launch.alive], lse[~launch.alive] = np.nan, np.nan
     spent = np.zeros((tasks, 3), kind)
-    np.add.at(spent, task[heavy], read[:, :3])
+    np.add.at(spent, launch.number // group_count(n, method.group), read[:, :3])
     return Part(out.reshape(tasks, n, width), lse.reshape(tasks, n), spent)
+
+
+def _done_again(
+    launch: Launch, f: int, tree: Tree, method: Treecode, scale: float, lists: Lists | None, out: Array, lse: Array
+) -> None:
+    """Group f by the generic kernel: see `attend.attend_groups`."""
+    rows, number = launch.index[f, : launch.held[f]], launch.number[f : f + 1]
+    given = None
+    if lists is not None:
+        given = Lists(tuple(a[number] for a in lists.opened), lists.cells[number], lists.reads[number, : len(rows)])
+    voters = np.ones((1, len(rows)), bool) if not launch.alive.size else launch.alive[None, rows]
+    run = launch.first[f : f + 1], launch.count[f : f + 1], int(launch.count[f])
+    with np.errstate(all="ignore"):
+        group = Group(launch.queries[None, rows], launch.seen[None, rows], voters, *run)
+        found = attend_groups_plainly(group, tree, method, scale, given, largest)
+    out[rows], lse[rows] = found[0][0], found[1][0]

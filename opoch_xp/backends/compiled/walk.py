@@ -32,9 +32,10 @@ def law_constants(count: Any, table: Array) -> None:
 @compiled
 def log_masses(
     rows: Array, node: Array, m: int, counts: Array, size: int, dim: int, queries: Array, squares: Array,
-    mass: Array, may: Array, top: Array,
+    mass: Array, may: Array, top: Array, spread: Array,
 ) -> None:  # fmt: skip
-    """Log masses of the nodes node[:m] and of what they may hold, into `mass` and `may` (m, g); -inf for no key.
+    """Log masses of the nodes node[:m] and of what they may hold, into `mass` and `may` (m, g); -inf for no key. The
+    variances of their logits into spread (m, g), unless it is empty.
 
     rows (nodes, 2 d + e); counts (nodes,), or empty: all have `size` keys. queries (d, g), scaled; squares (d, g): their
     squares. top (g,) is raised to the largest mass.
@@ -44,6 +45,8 @@ def log_masses(
         node[i] = node[0]
     dots(rows, node, 0, padded, 0, dim, queries, mass)
     dots(rows, node, 0, padded, dim, dim, squares, may)
+    if spread.size:
+        spread[:m] = may[:m]
     whole, table = np.empty(6, mass.dtype), np.empty(6, mass.dtype)
     law_constants(size, whole)
     for i in range(m):
@@ -100,7 +103,7 @@ def load_group(
             known[j] = 1
         for c in range(queries.shape[1]):
             lined[j, c] = queries[row, c] * scale
-    turn(lined, 0, index.size, queries.shape[1], turned)
+    turn(lined, 0, index.size, 0, queries.shape[1], turned)
     turned[:, index.size :] = 0
     for c in range(turned.shape[0]):
         for j in range(turned.shape[1]):
