@@ -59,13 +59,14 @@ def coefficients(count: Array) -> Coefficients:
 
 
 def log_gain(sigma2: Array, c: Coefficients) -> Array:
-    """E ln((1/n) sum of n exp(x)), x normal with variance sigma2: a hyperbola in sigma, within .03 for n = 16 and .2 for
+    """E ln((1/n) sum of n exp(x)), x normal with variance sigma2: a hyperbola in sigma, within .08 for n = 16 and .22 for
     1,024. Its derivative is finite everywhere, also at zero."""
     return c.gain * (array_namespace(sigma2).sqrt(1 + sigma2 * c.width) - 1)
 
 
 def log_deviation(sigma2: Array, c: Coefficients) -> Array:
-    """Standard deviation of the same: sigma / sqrt(n) while many keys count, that of the largest key when one does."""
+    """Standard deviation of the same, or more: sigma / sqrt(n) while many keys count, that of the largest key when one
+    does. Up to 1.15 times the deviation of 16 keys, 2.4 times that of 1,024 (at sigma = 1)."""
     return array_namespace(sigma2).sqrt(sigma2 * (c.slope * sigma2 + c.share) / (sigma2 + c.knee))
 
 
