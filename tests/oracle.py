@@ -172,7 +172,9 @@ def read_trees(
     """
     votes = np.ones(len(q), bool) if votes is None else votes
     candidates, logits, values, opened, rows = np.arange(len(tree[-1].count)), [seen[:, None]], [], [], 0
-    threshold = -np.inf if method.rtol == 0 else np.log(method.rtol / np.sqrt(len(candidates)))
+    small = max(1, method.block // method.top)  # keys of a node that is not large
+    closed = max(128, tree[0].members.size // small)
+    threshold = -np.inf if method.rtol == 0 else np.log(method.rtol / np.sqrt(closed))
     for depth in reversed(range(len(tree))):
         mass, may = log_mass(q, tree[depth], candidates, scale)
         rows += len(candidates)

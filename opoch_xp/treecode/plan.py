@@ -7,18 +7,22 @@ from math import log
 from opoch_xp.methods import Treecode
 
 
+FEWEST = 128  # closed nodes that errors are reckoned for at the least: short contexts cost little and err most
+
+
 @dataclass(frozen=True)
 class LevelPlan:
     """The levels of a chunk's tree. Level 0 are the cells; the last is the coarsest, where a walk begins.
 
     nodes: of each level, in a chunk; sizes: keys of a node. forced: how many nodes of the level a group of queries opens
     whatever they hold: `least` of the method where a node has more than `block / top` keys, so that its mean and variance
-    may hide clusters, and none elsewhere.
+    may hide clusters, and none elsewhere. small: those `block / top` keys.
     """
 
     nodes: tuple[int, ...]
     sizes: tuple[int, ...]
     forced: tuple[int, ...]
+    small: int
 
     @property
     def depth(self) -> int:
@@ -33,9 +37,9 @@ class LevelPlan:
         """The log of the share of a query's mass from which on a node is opened, against the trees of so many chunks.
 
         A closed node errs by about its share of the output, and the errors of m nodes add to sqrt(m) of one; m is the
-        number of nodes where the walk begins.
+        number of small nodes that cover the chunks, as many as a walk may leave closed.
         """
-        return log(rtol) - 0.5 * log(max(1, chunks) * self.nodes[-1]) if rtol else -float("inf")
+        return log(rtol) - 0.5 * log(max(FEWEST, chunks * self.nodes[0] * self.sizes[0] // self.small)) if rtol else -float("inf")
 
 
 @lru_cache(256)
@@ -45,9 +49,9 @@ def level_plan(size: int, method: Treecode) -> LevelPlan:
     while nodes[-1] > method.top:
         nodes.append(max(1, nodes[-1] // method.branch))
     sizes = tuple(size // count for count in nodes)
-    small = method.block // method.top  # keys of a node at the top of the first tier
+    small = max(1, method.block // method.top)  # keys of a node at the top of the first tier
     forced = tuple(method.least if level and keys > small else 0 for level, keys in enumerate(sizes))
-    return LevelPlan(tuple(nodes), sizes, forced)
+    return LevelPlan(tuple(nodes), sizes, forced, small)
 
 
 def splits(rows: int, size: int) -> int:

@@ -307,7 +307,7 @@ def finish(
 @compiled
 def attend_groups(
     queries: Array, finite: Array, index: Array, held: Array, first: Array, chunks: Array, low: int, high: int,
-    levels: Array, counts: Array, chunks_held: int, nodes: Array, sizes: Array, forced: Array, rtol: Any, most: int,
+    levels: Array, counts: Array, chunks_held: int, nodes: Array, sizes: Array, forced: Array, thresholds: Array, most: int,
     cells: Array, kept: Array, leaf: int, dim: int, scale: Any, seen: Array, given: bool, opened_list: Array,
     widths: Array, cell_list: Array, read_list: Array, out: Array, lse: Array, read: Array,
 ) -> None:  # fmt: skip
@@ -316,11 +316,11 @@ def attend_groups(
 
     Levels are numbered from the coarsest: levels[l], the address of the summaries of level l (chunks_held * nodes[l],
     2 d + e), nodes[l] of them a chunk, of sizes[l] keys, of which forced[l] are opened whatever they hold. counts[l],
-    the address of their counts, finite (N,), kept (keys,): empty where all count. cells (keys, d + e). rtol and most:
-    of the method, most 0 for no bound. If `given`, the lists are read: opened_list (groups, sum of widths), cell_list
-    (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1 where there is none. Writes out
-    (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be done again, since what was
-    estimated of its nodes is so far above what they hold that float32 lost it.
+    the address of their counts, finite (N,), kept (keys,): empty where all count. cells (keys, d + e). thresholds: of
+    LevelPlan, by the number of chunks; most: of the method, 0 for no bound. If `given`, the lists are read: opened_list
+    (groups, sum of widths), cell_list (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1
+    where there is none. Writes out (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be
+    done again, since what was estimated of its nodes is so far above what they hold that float32 lost it.
     """
     kind, e, depth = queries.dtype, cells.shape[1] - dim, nodes.size
     vector = VECTOR // queries.itemsize
@@ -346,9 +346,7 @@ def attend_groups(
         voters, looked, read_keys, bounded, spot = 0, 0, 0, False, 0
         for j in range(count):
             voters += votes[j]
-        threshold = kind.type(-np.inf)
-        if rtol > 0:
-            threshold = kind.type(math.log(rtol) - 0.5 * math.log(chunks[f] * nodes[0]))
+        threshold = thresholds[chunks[f]]
         m = chunks[f] * nodes[0]
         number = grown_list(number, m)
         for i in range(m):

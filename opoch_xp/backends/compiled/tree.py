@@ -164,12 +164,13 @@ def tree_attention(
         opened = np.concatenate([NO_LIST[:0].reshape(len(lists.cells), 0), *map(np.asarray, lists.opened)], axis=1)
         opened, cell_list, reads = (np.ascontiguousarray(x[heavy]) for x in (opened, lists.cells, lists.reads))
     static = [np.array(figures[::-1]) for figures in (plan.nodes, plan.sizes, plan.forced)]
+    thresholds = np.array([plan.threshold(chunks, method.rtol) for chunks in range(int(count.max(initial=0)) + 1)], kind)
     step = max(1, QUERIES // size)
 
     def work(low: int) -> None:
         attend_groups(
             flat, alive, index, held, first, count, low, min(low + step, len(index)), addresses, counts,
-            len(tree.cells), *static, float(method.rtol), method.most or 0, cells, kept, tree.leaf, dim,
+            len(tree.cells), *static, thresholds, method.most or 0, cells, kept, tree.leaf, dim,
             kind.type(scale), before, lists is not None, opened, np.array(widths), cell_list, reads, out, lse, read,
         )  # fmt: skip
 
