@@ -23,6 +23,7 @@ from opoch_xp.backends import kernels_for
 from opoch_xp.cache import balances, forest, rows
 from opoch_xp.cache.layout import Layout, stored_dtype
 from opoch_xp.methods import LSH, Exact, Method, Treecode, check_whole
+from opoch_xp.treecode.balance import SMALLEST
 
 Array = Any
 FORMAT = "opoch_xp.KVCache"
@@ -30,6 +31,7 @@ VERSION = 2
 METHODS: dict[str, type] = {kind.__name__: kind for kind in (Exact, LSH, Treecode)}
 SMALL = 1 << 34  # bytes of open blocks that a cache may need whatever it holds,
 TIMES = 1 << 10  # or so many times what it holds
+LEAST_BALANCE = 0.99 * SMALLEST**0.25  # to rounding
 Span = tuple[int | None, int, int]
 
 
@@ -51,7 +53,7 @@ def write(path: Path, method: Method, layout: Layout, store: Any) -> None:
         "done": done.tolist(),
         "asked": asked.tolist(),
     }
-    text = json.dumps(settings)
+    text = json.dumps(settings, default=lambda number: number.item())  # NumPy's, in a method
     metadata = {"format": FORMAT, "version": str(VERSION), "settings": text}
     checked = Settings(path, text)
     tensors.write(path, checked.entries(), metadata, _arrays(method, store, done, tensors.DTYPES[checked.kind]))
@@ -65,10 +67,8 @@ def _arrays(method: Method, store: Any, done: np.ndarray, kind: str) -> Iterator
                 yield np.ascontiguousarray(to_host(x)[0].astype(kind, copy=False))
             if tier is not None:
                 yield np.ascontiguousarray(to_host(store.order(sequence, tier, start)).astype("<i4", copy=False))
-        if isinstance(method, Treecode):
-            told = store.told(sequence)
-            for x in told if done[sequence] else told[:1]:
-                yield np.ascontiguousarray(to_host(x).astype(kind, copy=False))
+        for x in store.told(sequence).values():
+            yield np.ascontiguousarray(to_host(x).astype(kind, copy=False))
 
 
 class Settings:
@@ -125,10 +125,10 @@ class Settings:
                 found[f"{name}.v"] = (self.kind, (self.heads, size, self.width))
                 if tier is not None:
                     found[f"{name}.order"] = ("I32", (self.heads, size))
-            if isinstance(self.method, Treecode):
+            if asked:
                 found[f"{sequence}.asked"] = (self.kind, (self.heads, asked, self.dim))
-                if done:
-                    found[f"{sequence}.balance"] = (self.kind, (self.heads, self.dim))
+            if done:
+                found[f"{sequence}.balance"] = (self.kind, (self.heads, self.dim))
         return found
 
 
@@ -161,16 +161,17 @@ class Saved:
             pieces = self._pieces(layout, sequence, spans_of(self.settings.method, length, done))
             store.restore(sequence, done, pieces, self._told(layout, sequence))
 
-    def _told(self, layout: Layout, sequence: int) -> tuple[Array, Array | None] | None:
-        """What `Forest.told` gave, of the numbers that queries and their balance can have."""
-        if not isinstance(self.settings.method, Treecode):
-            return None
-        names = [name for what in ("asked", "balance") if (name := f"{sequence}.{what}") in self.entries]
-        found = [self._read(name) for name in names]
-        if any((x < 0).any() for x in found) or any((x == 0).any() or (x > 1).any() for x in found[1:]):
-            raise ValueError(f"{self.path}: {' and '.join(names)} must be at least 0, and a balance above 0 and up to 1")
-        asked, balance = (*(layout.xp.asarray(x, device=layout.device) for x in found), None)[:2]
-        return asked, balance
+    def _told(self, layout: Layout, sequence: int) -> dict[str, Array]:
+        """What the store told of its queries; numbers that those can have."""
+        found = {}
+        for what, low, high in (("asked", 0.0, np.inf), ("balance", LEAST_BALANCE, 1.0)):
+            name = f"{sequence}.{what}"
+            if name in self.entries:
+                array = self._read(name)
+                if not ((array >= low) & (array <= high)).all():
+                    raise ValueError(f"{self.path}: {name} must be from {low:g} to {high:g}")
+                found[what] = layout.xp.asarray(array, device=layout.device)
+        return found
 
     def _pieces(
         self, layout: Layout, sequence: int, spans: list[Span]

@@ -230,18 +230,22 @@ class Forest:
         """Where the rows of a chunk came from, (heads, size)."""
         return taken(self.layout.xp, self.tiers[tier].tree.order, self._places(np.array([sequence]), tier, first))
 
-    def told(self, sequence: int) -> tuple[Array, Array]:
-        """What the balance of a sequence is made of, (heads, positions, d), and the balance, (heads, d), which is fixed
-        where a chunk is in a tree."""
-        balances = self.balances
-        return balances.asked[sequence, :, : int(balances.known[sequence]), :], balances.balance[sequence, ...]
+    def told(self, sequence: int) -> dict[str, Array]:
+        """What queries of a sequence told, `asked` (heads, positions, d), and where a chunk is in a tree its `balance`
+        (heads, d); what there is of them."""
+        known, found = int(self.balances.known[sequence]), {}
+        if known:
+            found["asked"] = self.balances.asked[sequence, :, :known, :]
+        if self.done[sequence]:
+            found["balance"] = self.balances.balance[sequence, ...]
+        return found
 
     def restore(
         self,
         sequence: int,
         done: int,
         pieces: Iterable[tuple[int | None, Array, Array, Array | None]],
-        told: tuple[Array, Array | None],
+        told: dict[str, Array],
     ) -> None:
         """Fill an empty sequence with what `spans` names, tier, k and v (1, heads, m, ...) and the order of a chunk, and
         with what `told` gave."""
@@ -259,9 +263,10 @@ class Forest:
             self._trees(tier).reserve(one, held, held + 1)
             self._trees(tier).add(one, held, self._built((k, v), tier, first, None, order), 1)
         self.done[sequence] = done
-        self.balances.write(one, 0, told[0][None, ...])
-        if told[1] is not None:
-            self.balances.fix(one, told[1])
+        if "asked" in told:
+            self.balances.write(one, 0, told["asked"][None, ...])
+        if "balance" in told:
+            self.balances.fix(one, told["balance"])
         self.memory.release()
 
     def rows(self, sequences: np.ndarray, start: int, stop: int) -> tuple[Array, ...]:

@@ -72,6 +72,10 @@ class Rows:
     def take_in(self, sequences: np.ndarray, q: Array, first: int) -> None:
         """Nothing is learned from queries."""
 
+    def told(self, sequence: int) -> dict[str, Array]:
+        """What was learned from queries."""
+        return {}
+
     def forget(self, lengths: np.ndarray) -> None:
         """Nothing was learned from queries."""
 
@@ -81,7 +85,7 @@ class Rows:
             k, v = (taken(self.layout.xp, x, sequences)[:, :, low:high, :] for x in self.held)
             yield low, k, v
 
-    def restore(self, sequence: int, done: int, pieces: Iterable[tuple[Any, Array, Array, Any]], told: None) -> None:
+    def restore(self, sequence: int, done: int, pieces: Iterable[tuple[Any, Array, Array, Any]], told: Any) -> None:
         """Fill an empty sequence with what `spans` names, k and v (1, heads, m, ...)."""
         for _, k, v, _ in pieces:
             self.append(np.array([sequence]), k, v)

@@ -157,10 +157,10 @@ def attend_groups(
     Levels are numbered from the coarsest: levels[l], the address of the summaries of level l (chunks_held * nodes[l],
     2 d + e), nodes[l] of them a chunk, of sizes[l] keys, of which forced[l] are opened whatever they hold. counts[l],
     the address of their counts, finite (N,), kept (keys,): empty where all count. cells (keys, d + e). thresholds: of
-    LevelPlan, by the number of chunks; most: of the method, 0 for no bound. If `given`, the lists are read: opened_list (groups, sum of widths), cell_list
-    (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1 where there is none. Writes out
-    (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be done again, since what was
-    estimated of its nodes is so far above what they hold that float32 lost it.
+    LevelPlan, by the number of chunks; most: of the method, 0 for no bound. If `given`, the lists are read: opened_list
+    (groups, sum of widths), cell_list (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1
+    where there is none. Writes out (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be
+    done again, since what was estimated of its nodes is so far above what they hold that float32 lost it.
     """
     kind, e, depth = queries.dtype, cells.shape[1] - dim, nodes.size
     vector = VECTOR // queries.itemsize
