@@ -174,8 +174,8 @@ def _unseen(
     scale = check_scale(scale, q.shape[-1])
     out, lse, figures = graph.attend(q, k, v, key_mask, bool(causal), scale, graph.numbers(method))
     exact = visible_pairs(q.shape[-2], k.shape[-2], causal) / max(q.shape[-2], 1)
-    read = {"near": figures[0], "far": figures[1]} if isinstance(method, LSH) else {}
-    return Attention(out, lse, Report(method, "as one operator", read, exact, ("one operator",)))
+    rows, bounded = graph.report_of(method, figures)
+    return Attention(out, lse, Report(method, "as one operator", rows, exact, ("one operator",), None, bounded))
 
 
 def _frames_to_caller() -> int:

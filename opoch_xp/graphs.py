@@ -13,7 +13,7 @@ Array = Any
 def follower(*arrays: Array) -> ModuleType | None:
     """The module that runs a call on these arrays as one operator of their library, or None: nothing follows them.
 
-    It has `casts`, `cast`, `without_casts`, `opaque`, `numbers`, `solution` and the operator `attend`: see
+    It has `casts`, `cast`, `without_casts`, `opaque`, `numbers`, `solution`, `report_of` and the operator `attend`: see
     opoch_xp.backends.torch.operator, the only one so far. Nothing is imported that the caller has not imported.
     """
     torch = sys.modules.get("torch")

@@ -1,15 +1,12 @@
 """PyTorch plugin: the kernels for CPU and CUDA tensors, on as many threads as PyTorch has.
 
 CPU tensors go through compiled kernels where Numba is installed: see opoch_xp.backends.compiled.
-
-`precision("bfloat16")` around a call multiplies in bfloat16 on a CPU: see opoch_xp.backends.torch.products.
 """
 
 import torch
 
 from opoch_xp.backends.compiled import wanted
 from opoch_xp.backends.torch.kernels import build_tree, exact_attention, merge_part, query_groups, tree_attention
-from opoch_xp.backends.torch.products import precision
 from opoch_xp.cost import COMPILED, Cost
 
 __all__ = [
@@ -17,7 +14,6 @@ __all__ = [
     "build_tree",
     "exact_attention",
     "merge_part",
-    "precision",
     "query_groups",
     "synchronize",
     "thread_count",

@@ -1,5 +1,5 @@
-"""The compiled kernels on CPU tensors, over PyTorch's number of threads; other tensors, and products in bfloat16, go
-through the plain kernels. See opoch_xp.backends.compiled."""
+"""The compiled kernels on CPU tensors, over PyTorch's number of threads; other tensors go through the plain kernels.
+See opoch_xp.backends.compiled."""
 
 from typing import Any
 
@@ -10,15 +10,13 @@ from torch import Tensor
 from opoch_xp.backends.compiled import exact
 from opoch_xp.backends.compiled import tree as trees
 from opoch_xp.backends.torch import exact as plain_exact
-from opoch_xp.backends.torch import split as plain_split
 from opoch_xp.backends.torch import tree as plain_tree
-from opoch_xp.backends.torch.products import reduced
 from opoch_xp.methods import Treecode
-from opoch_xp.tree import Lists, Tree
+from opoch_xp.treecode.tree import Lists, Part, Tree
 
 
 def _here(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not reduced()
+    return x.device.type == "cpu"
 
 
 def _host(x: Any) -> Any:
@@ -64,22 +62,26 @@ def merge_part(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, start: 
 
 
 def build_tree(
-    k: Tensor, v: Tensor, axes: Any, method: Treecode, *, mask: Tensor | None = None, order: Tensor | None = None
-) -> Tree:
+    k: Tensor, v: Tensor, axes: Any, method: Treecode, *, mask: Tensor | None = None, order: Tensor | None = None,
+    stretch: Tensor | None = None,
+) -> Tree:  # fmt: skip
     """See opoch_xp.backends.generic.tree.build_tree."""
     if not _here(k):
-        return plain_tree.build_tree(k, v, axes, method, mask=mask, order=order)
+        return plain_tree.build_tree(k, v, axes, method, mask=mask, order=order, stretch=stretch)
     built = trees.build_tree(
-        _host(k), _host(v), axes, method, mask=_host(mask), order=_host(order), workers=torch.get_num_threads()
-    )
+        _host(k), _host(v), axes, method, mask=_host(mask), order=_host(order), stretch=_host(stretch),
+        workers=torch.get_num_threads(),
+    )  # fmt: skip
     return _mapped(torch.from_numpy, built)
 
 
-def query_groups(queries: Tensor, axes: Any, method: Treecode) -> Tensor:
+def query_groups(queries: Tensor, axes: Any, method: Treecode, *, stretch: Tensor | None = None) -> Tensor:
     """See opoch_xp.backends.generic.tree.query_groups."""
     if not _here(queries):
-        return plain_split.query_groups(queries, axes, method)
-    found = trees.query_groups(_host(queries), axes, method, torch.get_num_threads())
+        return plain_tree.query_groups(queries, axes, method, stretch=stretch)
+    found = trees.query_groups(
+        _host(queries), axes, method, stretch=_host(stretch), workers=torch.get_num_threads()
+    )
     return torch.from_numpy(np.require(found, requirements="W"))
 
 
@@ -88,42 +90,21 @@ def tree_attention(
     tree: Tree,
     first: np.ndarray,
     count: np.ndarray,
-    axes: Any,
+    groups: Tensor,
     method: Treecode,
     *,
     scale: float,
-    groups: Tensor | None = None,
+    seen: Tensor,
     lists: Lists | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Part:
     """See opoch_xp.backends.generic.tree.tree_attention."""
     if not _here(queries):
         return plain_tree.tree_attention(
-            queries, tree, first, count, axes, method, scale=scale, groups=groups, lists=lists
+            queries, tree, first, count, groups, method, scale=scale, seen=seen, lists=lists
         )
-    given = None if lists is None else Lists(tuple(map(_host, lists.opened)), _host(lists.own))
-    out, lse = trees.tree_attention(
-        _host(queries), _mapped(_host, tree), first, count, axes, method, scale=scale, groups=_host(groups),
+    given = None if lists is None else Lists(tuple(map(_host, lists.opened)), _host(lists.cells), _host(lists.reads))
+    found = trees.tree_attention(
+        _host(queries), _mapped(_host, tree), first, count, _host(groups), method, scale=scale, seen=_host(seen),
         lists=given, workers=torch.get_num_threads(),
     )  # fmt: skip
-    return torch.from_numpy(out), torch.from_numpy(lse)
-
-
-def chosen_lists(
-    queries: Tensor,
-    tree: Tree,
-    first: np.ndarray,
-    count: np.ndarray,
-    axes: Any,
-    method: Treecode,
-    *,
-    scale: float,
-    groups: Tensor,
-) -> Lists | None:
-    """What `tree_attention` opened, so that the gradient opens the same."""
-    if not _here(queries):
-        return plain_tree.chosen_lists(queries, tree, first, count, axes, method, scale=scale, groups=groups)
-    found = trees.tree_lists(
-        _host(queries), _mapped(_host, tree), first, count, axes, method, scale=scale, groups=_host(groups),
-        workers=torch.get_num_threads(),
-    )  # fmt: skip
-    return Lists(tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in found.opened), torch.from_numpy(found.own))
+    return Part(*map(torch.from_numpy, (found.out, found.lse, found.read)))

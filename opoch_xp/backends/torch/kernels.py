@@ -5,7 +5,6 @@ from opoch_xp.backends.compiled import wanted
 if wanted():
     from opoch_xp.backends.torch.compiled import (
         build_tree,
-        chosen_lists,
         exact_attention,
         merge_part,
         query_groups,
@@ -13,7 +12,6 @@ if wanted():
     )
 else:
     from opoch_xp.backends.torch.exact import exact_attention, merge_part
-    from opoch_xp.backends.torch.split import query_groups
-    from opoch_xp.backends.torch.tree import build_tree, chosen_lists, tree_attention
+    from opoch_xp.backends.torch.tree import build_tree, query_groups, tree_attention
 
-__all__ = ["build_tree", "chosen_lists", "exact_attention", "merge_part", "query_groups", "tree_attention"]
+__all__ = ["build_tree", "exact_attention", "merge_part", "query_groups", "tree_attention"]

@@ -4,7 +4,8 @@
 the numbers of its fields. A gradient is recomputed from q, k, v and the lse, so nothing but those is kept.
 """
 
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,36 +15,69 @@ from opoch_xp.arguments import check_arrays, prepare, restore
 from opoch_xp.backends.torch.exact import exact_backward
 from opoch_xp.backends.torch.lsh_gradients import lsh_backward
 from opoch_xp.backends.torch.tree_gradients import forest_backward
-from opoch_xp.cost import visible_pairs
-from opoch_xp.forest import rows_per_query
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import choose, solve
+from opoch_xp.treecode.forest import State, Tier
+from opoch_xp.treecode.tree import Tree
 
-Outputs = tuple[Tensor, Tensor, Tensor]  # out, lse, figures
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # out, lse, figures, seen
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 KINDS = (Exact, LSH, Treecode)
-FIGURES = ("near", "far")  # rows that LSH only knows when it has run
+PARTS = {Exact: ("local",), LSH: ("near", "far")}  # rows of a report by part, in their places among the figures
+TREE_PARTS = ("local", "sinks", "nodes", "keys")  # of a treecode, and of a method that is chosen when it runs
+FIGURES = len(TREE_PARTS) + 1  # the last is `Solution.bounded`
+DIGITS = 2**53  # a fraction of float64 times this is whole
 
 
 def numbers(method: Method | None) -> list[int]:
-    """A method as whole numbers, -1 for a field that is None; no number says that predicted costs choose."""
+    """A method as whole numbers: -1 for a field that is None, fraction and exponent for one that is no whole number. No
+    number says that predicted costs choose."""
     if method is None:
         return []
-    values = [getattr(method, field.name) for field in fields(method)]
-    return [KINDS.index(type(method)), *(-1 if value is None else int(value) for value in values)]
+    found = [KINDS.index(type(method))]
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.type is float:
+            fraction, exponent = math.frexp(value)
+            found += [int(fraction * DIGITS), exponent]
+        else:
+            found.append(-1 if value is None else int(value))
+    return found
+
+
+def named(numbers: list[int]) -> Method | None:
+    """The method that `numbers` stand for; None where predicted costs choose."""
+    if not numbers:
+        return None
+    kind, *left = (int(number) for number in numbers)
+    values: dict[str, Any] = {}
+    for field in fields(KINDS[kind]):
+        value: Any = left.pop(0)
+        if field.type is float:
+            value = math.ldexp(value / DIGITS, left.pop(0))
+        elif field.type is bool:
+            value = bool(value)
+        values[field.name] = None if value < 0 else value
+    return KINDS[kind](**values)
 
 
 def method_of(numbers: list[int], problem: Problem) -> Method:
     """The method that `numbers` stand for, or the one predicted cheaper on this problem."""
-    if not numbers:
-        return choose(problem)[0]
-    kind, *values = numbers
-    named: dict[str, Any] = {
-        field.name: bool(value) if field.type in (bool, "bool") else None if value < 0 else value
-        for field, value in zip(fields(KINDS[kind]), values, strict=True)
-    }
-    return KINDS[kind](**named)
+    return named(numbers) or choose(problem)[0]
+
+
+def tier_sizes(method: Method | None, n_k: int) -> int:
+    """How many sizes of chunks there are of n_k keys: at least as many as tiers that a Treecode reads, by whose number
+    the operator keeps what they were told. Where the method is yet to be chosen, those of Treecode()."""
+    method = Treecode() if method is None else method
+    if not isinstance(method, Treecode):
+        return 0
+    size, found = method.block, 0
+    while size <= n_k:
+        size, found = size * method.fan, found + 1
+    return found
 
 
 def follows(*arrays: Any) -> bool:
@@ -83,23 +117,32 @@ def without_casts(array: Tensor) -> torch.autocast:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, method: list[int]
-) -> Outputs:
-    """out (..., H, n_q, d_v), lse (..., H, n_q), and the figures of LSH (2,): see opoch_xp.attend."""
+) -> Gradients:
+    """out (..., H, n_q, d_v), lse (..., H, n_q), and figures of the report, for `report_of`: see opoch_xp.attend."""
     run = _Attend.apply if _transformed() else attend_operator
-    return run(q, k, v, key_mask, causal, scale, method)
+    return run(q, k, v, key_mask, causal, scale, method)[:3]
 
 
 @torch.library.custom_op("opoch_xp::attend", mutates_args=())
 def attend_operator(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, method: list[int]
 ) -> Outputs:
-    """`attend` on arrays that hold numbers."""
+    """`attend` on arrays that hold numbers; and seen (..., H, n_q, tiers), the log of the mass that each query had read
+    before the trees of each tier, -inf where it reads none of them."""
     problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
+    chosen, shape = method_of(method, problem), problem.q.shape[:3]
+    seen = torch.full((*shape, tier_sizes(named(method), problem.n_k)), -torch.inf, dtype=problem.dtype, device=q.device)
+
+    def watch(tier: Tier, tree: Tree, runs: Any, groups: Tensor, state: State) -> None:
+        seen[:, :, runs.rows, tier.number] = state[1][:, :, runs.rows]
+
     with without_casts(q):
-        solution = solve(problem, method_of(method, problem))
-    figures = [torch.as_tensor(solution.rows.get(name, 0.0), device=q.device).float() for name in FIGURES]
+        solution = solve(problem, chosen, watch)
+    figures = [*(solution.rows.get(part, 0.0) for part in PARTS.get(type(chosen), TREE_PARTS)), solution.bounded]
+    figures = [*figures[:-1], *[0.0] * (FIGURES - len(figures)), figures[-1]]
     out, lse = restore(q, v, solution.out, solution.lse, problem.xp)
-    return out, lse, torch.stack(figures)
+    found = torch.stack([torch.as_tensor(figure, device=q.device).float() for figure in figures])
+    return out, lse, found, seen.reshape(*q.shape[:-1], -1 if 0 not in seen.shape else seen.shape[-1])
 
 
 @attend_operator.register_fake
@@ -107,22 +150,24 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, causal: bool, scale: float
     check_arrays(q, k, v, key_mask)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:-1], dtype=wide)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse, q.new_empty(2, dtype=torch.float32)
+    seen = q.new_empty((*q.shape[:-1], tier_sizes(named(method), k.shape[-2])), dtype=wide)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse, q.new_empty(FIGURES, dtype=torch.float32), seen
 
 
 @torch.library.custom_op("opoch_xp::attend_backward", mutates_args=())
 def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
-    causal: bool, scale: float, method: list[int],
-) -> Outputs:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, seen: Tensor, dout: Tensor,
+    dlse: Tensor, causal: bool, scale: float, method: list[int],
+) -> Gradients:  # fmt: skip
     """Gradients of q, k and v."""
     problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
     shape = problem.q.shape[:3]
     out, dout = (x.to(problem.q.dtype).reshape(*shape, v.shape[-1]) for x in (out, dout))
-    seen = torch.isfinite(lse.reshape(shape))
-    delta = (dout * torch.where(seen[..., None], out, 0.0)).sum(-1) - dlse.to(problem.q.dtype).reshape(shape)
+    alive = torch.isfinite(lse.reshape(shape))
+    delta = (dout * torch.where(alive[..., None], out, 0.0)).sum(-1) - dlse.to(problem.q.dtype).reshape(shape)
+    seen = seen.reshape(*shape, seen.shape[-1])
     with without_casts(q):
-        dq, dk, dv = gradients(problem, method_of(method, problem), lse.reshape(shape), dout, delta)
+        dq, dk, dv = gradients(problem, method_of(method, problem), lse.reshape(shape), seen, dout, delta)
     dq = torch.where(torch.isnan(lse.reshape(shape))[..., None], torch.nan, dq)
     if problem.mask is not None:
         dk, dv = (torch.where(problem.mask[..., None], x, 0.0) for x in (dk, dv))
@@ -134,46 +179,49 @@ def _like(x: Tensor, like: Tensor) -> Tensor:
 
 
 @attend_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+def report_of(method: Method | None, figures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What `Solution` calls rows and bounded, of the figures of `attend`."""
+    parts = TREE_PARTS if method is None else PARTS.get(type(method), TREE_PARTS)
+    return {part: figures[i] for i, part in enumerate(parts)}, figures[-1]
+
+
 def solution(problem: Problem, method: Method, out: Tensor, lse: Tensor, figures: Tensor) -> Solution:
-    """What `attend` gave, as the solution of the problem posed by the same arrays: no gradient follows it."""
+    """What `attend` returned, in the layout of the problem."""
     shape = problem.q.shape[:3]
-    if isinstance(method, LSH):
-        rows: dict[str, Any] = dict(zip(FIGURES, figures, strict=True))
-    elif isinstance(method, Treecode):
-        rows = rows_per_query(problem.n_q, problem.n_k, problem.causal, method)
-    else:
-        rows = {"local": visible_pairs(problem.n_q, problem.n_k, problem.causal) / max(problem.n_q, 1)}
-    out = out.detach().to(problem.q.dtype).reshape(*shape, -1)
-    return Solution(out, lse.detach().reshape(shape), rows)
+    out = out.detach().to(problem.q.dtype).reshape(*shape, out.shape[-1])
+    return Solution(out, lse.detach().reshape(shape), *report_of(method, figures))
 
 
-def gradients(problem: Problem, method: Method, lse: Tensor, dout: Tensor, delta: Tensor) -> Outputs:
+def gradients(problem: Problem, method: Method, lse: Tensor, seen: Tensor, dout: Tensor, delta: Tensor) -> Gradients:
     """Gradients in the layout of the problem: see opoch_xp.backends.torch.tree_gradients.forest_backward."""
-    if 0 in problem.q.shape[:3]:
-        return torch.zeros_like(problem.q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
+    q, k, v = problem.q, problem.k, problem.v
+    if 0 in q.shape[:3]:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if v.shape[2] == 0:  # the gradient of the lse is still wanted
+        one = replace(problem, v=v.new_zeros(*v.shape[:2], 1))
+        dq, dk, _ = gradients(one, method, lse, seen, dout.new_zeros(*dout.shape[:3], 1), delta)
+        return dq, dk, torch.zeros_like(v)
     if isinstance(method, Treecode):
-        return forest_backward(problem, method, lse, dout, delta)
+        return forest_backward(problem, method, lse, seen, dout, delta)
     if isinstance(method, LSH):
         return lsh_backward(problem, method, lse, dout, delta)
-    return exact_backward(
-        problem.q, problem.k, problem.v, lse, dout, delta, causal=problem.causal, scale=problem.scale, mask=problem.mask
-    )
+    return exact_backward(q, k, v, lse, dout, delta, causal=problem.causal, scale=problem.scale, mask=problem.mask)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     q, k, v, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, key_mask, *output[:2])
-    ctx.mark_non_differentiable(output[2])
+    out, lse, figures, seen = output
+    ctx.save_for_backward(q, k, v, key_mask, out, lse, seen)
+    ctx.mark_non_differentiable(figures, seen)
 
 
-def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> tuple[Any, ...]:
-    q, k, v, key_mask, out, lse = ctx.saved_tensors
+def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor) -> tuple[Any, ...]:
     run = _AttendBackward.apply if _transformed() else attend_backward
-    return (*run(q, k, v, key_mask, out, lse, dout, dlse, *ctx.options), None, None, None, None)
+    return (*run(*ctx.saved_tensors, dout, dlse, *ctx.options), None, None, None, None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
@@ -206,11 +254,11 @@ class _AttendBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> Outputs:
+    def forward(*inputs: Any) -> Gradients:
         return attend_backward(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
         pass
 
     backward = staticmethod(_refuse)
@@ -233,9 +281,9 @@ def _(info: Any, axes: tuple[Any, ...], *inputs: Any) -> Any:
     *arrays, causal, scale, method = inputs
     q, k, v, mask = (_front(x, axis, info.batch_size) for x, axis in zip(arrays, axes, strict=False))
     flat = q.ndim == 3
-    out, lse, figures = attend_operator(*(_headed(x, flat) for x in (q, k, v)), mask, causal, scale, method)
-    out, lse = (x[:, 0] if flat else x for x in (out, lse))
-    return (out, lse, figures), (0, 0, None)
+    out, lse, figures, seen = attend_operator(*(_headed(x, flat) for x in (q, k, v)), mask, causal, scale, method)
+    out, lse, seen = (x[:, 0] if flat else x for x in (out, lse, seen))
+    return (out, lse, figures, seen), (0, 0, None, 0)
 
 
 @attend_backward.register_vmap
