@@ -7,18 +7,17 @@ from opoch_xp import workloads
 
 SETTINGS = (
     {},
-    *({"block": block} for block in (256, 512, 1024, 4096)),
-    *({"fan": fan} for fan in (4, 8)),
+    *({"rtol": rtol} for rtol in (0.02, 0.1, 0.2)),
+    *({"block": block} for block in (256, 512, 2048)),
+    *({"fan": fan} for fan in (8, 16, 64)),
     *({"leaf": leaf} for leaf in (8, 32)),
-    {"leaf": 8, "own": 8},
     {"branch": 4},
-    *({"group": group} for group in (16, 32, 128)),
-    *({"open": number} for number in (32, 128)),
-    *({"near": near} for near in (16, 64)),
-    *({"own": own} for own in (0, 2, 8)),
+    *({"top": top} for top in (4, 16)),
+    *({"group": group} for group in (32, 64, 256)),
+    *({"sinks": sinks} for sinks in (0, 64)),
+    *({"least": least} for least in (0, 128)),
+    {"most": 256},
     *({"iterations": iterations} for iterations in (0, 2, 6)),
-    {"open": 32, "own": 0, "iterations": 2},
-    {"block": 256, "leaf": 8, "group": 128, "own": 8},
 )
 
 

@@ -14,7 +14,7 @@ METHODS = (
     ("LSH", lambda seed: ox.LSH(bits=8, tables=8, window=512, seed=seed), 3),
     ("Treecode()", lambda seed: ox.Treecode(seed=seed), 3),
     ("Treecode(group=1)", lambda seed: ox.Treecode(group=1, seed=seed), 3),
-    ("Treecode(near=64, own=8)", lambda seed: ox.Treecode(near=64, own=8, seed=seed), 3),
+    ("Treecode(rtol=0.2)", lambda seed: ox.Treecode(rtol=0.2, seed=seed), 3),
 )
 
 

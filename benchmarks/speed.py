@@ -12,17 +12,8 @@ from opoch_xp import workloads
 from opoch_xp.backends.numpy import thread_count
 
 SHORT, LONG = 65_536, 1_000_000
-SHORT_METHODS = (
-    ox.Exact(),
-    ox.Treecode(),
-    ox.Treecode(open=32, own=0, iterations=2),
-    ox.Treecode(block=256, group=32, open=32, own=0, iterations=2),
-)
-LONG_METHODS = (
-    ox.Treecode(),
-    ox.Treecode(block=512, open=32, near=24, own=0, iterations=2),
-    ox.Treecode(block=256, open=32, near=24, own=0, iterations=2),
-)
+SHORT_METHODS = (ox.Exact(), ox.Treecode(), *(ox.Treecode(rtol=rtol) for rtol in (0.01, 0.002, 0.0005)))
+LONG_METHODS = (ox.Treecode(rtol=0.2), ox.Treecode(rtol=0.1), ox.Treecode(), ox.Treecode(rtol=0.02))
 ROUNDS = 5
 
 

@@ -102,7 +102,7 @@ class _Search:
             slope = (log(error) - log(tried[-2][1])) / (log(rtol) - log(tried[-2][0]))
             slope = min(max(slope, 0.2), 1.0)
         step = (log(AIM * self.tol) - log(error)) / slope
-        return min(rtol * exp(min(max(step, log(1 / 30)), log(30))), LARGEST)
+        return min(float(f"{rtol * exp(min(max(step, log(1 / 30)), log(30))):.2g}"), LARGEST)
 
     def finer(self, method: Method) -> Method | None:
         """What to try on all queries where a method passed on the trial alone."""
@@ -112,13 +112,18 @@ class _Search:
         return replace(method, rtol=rtol) if rtol >= SMALLEST else None
 
     def buckets(self) -> LSH | None:
-        """Shared buckets in many tables, for heads that look up single unrelated keys, where a far field cannot help:
-        about 16 keys a bucket on keys without structure. None where they do not pass or read more than exact attention."""
-        method = LSH(bits=max(1, min(62, round(log2(max(self.problem.n_k, 2)) - 4))), tables=32)
+        """Shared buckets in many tables; None where they do not pass or read more than exact attention."""
+        method = many_tables(self.problem.n_k)
         if not self.passes(method, self.trial):
             return None
         trial, read = self.trial, sum(float(figure) for figure in self.solution.rows.values())
         return method if read * trial.n_q < visible_pairs(trial.n_q, trial.n_k, trial.causal) else None
+
+
+def many_tables(n_k: int) -> LSH:
+    """Shared buckets in 32 tables, for heads that look up single unrelated keys, where a far field cannot help: about 16
+    keys a bucket on keys without structure."""
+    return LSH(bits=max(1, min(62, round(log2(max(n_k, 2)) - 4))), tables=32)
 
 
 def tune(

@@ -1,33 +1,34 @@
 """`opoch-xp audit FILE`: every method on a user's own queries, keys and values."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from opoch_xp.cli import tables
-from opoch_xp.cli.rows import AUDIT_ROWS, Input, Row, check, error_notes, measure_rows
+from opoch_xp.cli.rows import AUDIT_ROWS, Input, Row, check, error_notes, measure_rows, treecodes
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.files import load_qkv
 from opoch_xp.measure import machine
-from opoch_xp.methods import LSH, Exact, Method
-from opoch_xp.tune import ladder, tune
+from opoch_xp.methods import Exact, Method
+from opoch_xp.tune import many_tables, tune
 
 
 def audit_file(file: Path, tol: float, causal: bool, seed: int, sink: Sink) -> None:
-    """Measure the methods that `tune` knows, and a cheaper LSH, on the file; show which one `tol` gives."""
+    """Measure treecodes and LSH on the file, and the method that `tol` gives."""
     if not 0 < tol < 1:
         raise ValueError(f"--tol must be an error between 0 and 1, both excluded; got {tol}")
     q, k, v = load_qkv(file)
     given = Input(q, k, v, causal, seed=seed)
     check(given)
-    rungs = ladder(given.k.shape[-2])
-    cheap = [LSH(bits=method.bits, tables=8) for method in rungs if isinstance(method, LSH)]
-    methods: list[tuple[str | None, Method]] = [(None, method) for method in (*cheap, *rungs)]
-    with tables.progress(2 + len(methods)) as begin:
-        rows = measure_rows(given, methods, begin)
+    many = many_tables(given.k.shape[-2])
+    methods: list[tuple[str | None, Method]] = [(None, replace(many, tables=8)), (None, many), *treecodes()]
+    with tables.progress(3 + len(methods)) as begin:
         begin(f"choosing for tol={tol}")
         chosen, _ = tune(given.q, given.k, given.v, tol=tol, causal=causal, seed=seed, rows=AUDIT_ROWS)
+        if not isinstance(chosen, Exact) and chosen not in [method for _, method in methods]:
+            methods.append((None, chosen))
+        rows = measure_rows(given, methods, begin)
     sink.show(_table(file, given, rows, tol, chosen))
     shapes = {name: list(array.shape) for name, array in zip("qkv", (q, k, v), strict=True)}
     about = {"file": str(file), **shapes, "dtype": str(q.dtype), "causal": causal, "seed": seed, "machine": machine()}
@@ -57,7 +58,7 @@ def _table(file: Path, given: Input, rows: list[Row], tol: float, chosen: Method
         f"{machine()}; NumPy {np.__version__}",
     ]
     notes = [
-        f"tol={tol}: {tables.method_name(chosen)}, the first method within tol on the ladder of opoch_xp.tune.",
+        f"tol={tol}: {tables.method_name(chosen)}, which opoch_xp.tune found.",
         *error_notes(given.heads, min(AUDIT_ROWS, given.q.shape[-2])),
         "bound: upper end of the error's 95% interval on the worst head, which tol is compared with.",
     ]

@@ -14,9 +14,10 @@ import numpy as np
 
 from opoch_xp import workloads
 from opoch_xp.cli import needle, tables, wall
-from opoch_xp.cli.rows import Input, Row, exact_row, method_row
+from opoch_xp.cli.rows import AUDIT_ROWS, Input, Row, exact_row, method_row, treecodes
 from opoch_xp.cli.tables import Table
-from opoch_xp.tune import ladder
+from opoch_xp.methods import Exact
+from opoch_xp.tune import many_tables, tune
 from opoch_xp.writing import check_target, whole_file
 
 SMALLEST = 4096  # tokens of the sweep
@@ -41,7 +42,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Point:
-    """One size of the sweep: exact attention, and the first method of `opoch_xp.tune.ladder` within WITHIN."""
+    """One size of the sweep: exact attention, and the method that `opoch_xp.tune` finds within WITHIN, if one is."""
 
     tokens: int
     exact: Row
@@ -58,8 +59,8 @@ def write_report(setup: Setup) -> None:
         raise ImportError('the plots need matplotlib: pip install "opoch-xp[report]"')
     plan = wall.plans(wall.Setup(WORKLOAD, setup.tokens, 64, 1, True, "numpy", setup.seed))[0]
     usual = [method for _, method in plan.methods]
-    more = [method for method in ladder(setup.tokens) if method not in usual]
-    plan = replace(plan, methods=[(None, method) for method in (*usual, *more)])
+    more = [method for _, method in treecodes(setup.seed) if method not in usual]
+    plan = replace(plan, methods=[(None, method) for method in (*usual, *more, many_tables(setup.tokens))])
     sizes = [size for size in (SMALLEST << step for step in range(0, 40, 1)) if size <= setup.tokens]
     asked = [
         needle.Setup(name, (), (), 1, 64, min(256, setup.vectors), 0.9, setup.seed) for name in ("random", "clustered")
@@ -78,11 +79,8 @@ def sweep_point(tokens: int, seed: int, begin: Begin) -> Point:
     begin(f"{tokens:,} tokens")
     given = Input(*workloads.make(WORKLOAD, tokens, seed=seed), causal=True, seed=seed)
     exact = exact_row(given)
-    for method in ladder(tokens):
-        row = method_row(given, method, exact)
-        if row.bound is not None and row.bound <= WITHIN:
-            return Point(tokens, exact, row)
-    return Point(tokens, exact, None)
+    method, _ = tune(given.q, given.k, given.v, tol=WITHIN, rows=AUDIT_ROWS, seed=seed, causal=True)
+    return Point(tokens, exact, None if isinstance(method, Exact) else method_row(given, method, exact))
 
 
 def exponent(sizes: list[int], values: list[float]) -> float | None:
@@ -151,8 +149,8 @@ def _sweep_table(points: list[Point]) -> Table:
         cells.append([f"{point.tokens:,} · {row.method}", *exact, *figures])
     columns = ["tokens · method", "exact", "its memory", "time", "speed-up", "extra memory", "error"]
     about = [
-        f"{WORKLOAD}, causal, 1 head of 64: the first method of the ladder whose error's upper bound is within "
-        f"{WITHIN:.0%}"
+        f"{WORKLOAD}, causal, 1 head of 64: the method that opoch_xp.tune finds for an error whose "
+        f"upper bound is within {WITHIN:.0%}"
     ]
     return Table("Scaling", about, columns, cells, ["~ is extrapolated from evenly spaced query rows."])
 

@@ -14,10 +14,11 @@ from opoch_xp.backends import installed, kernels_for, namespace
 from opoch_xp.cli.tables import method_name
 from opoch_xp.cost import visible_pairs
 from opoch_xp.measure import cores, timed
-from opoch_xp.methods import Exact, Method
+from opoch_xp.methods import Exact, Method, Treecode
 
 Array = Any
 AUDIT_ROWS = 256  # a head
+RTOLS = (0.3, 0.1, 0.02)  # beside the default, of treecodes that are compared
 FULL_PAIRS = 1_000_000_000  # pairs of query and key up to which exact attention runs in full: a few seconds
 SAMPLE_BLOCKS = 4  # beyond that it is timed on so many blocks of query rows per core, evenly spaced,
 BLOCK_ROWS = 512  # each of so many rows in a row, as the kernels take them: 4,096 rows on two cores,
@@ -63,6 +64,11 @@ class Row:
     bits: float | None = None
     extrapolated: bool = False
     refused: bool = False
+
+
+def treecodes(seed: int = 0) -> list[tuple[str | None, Method]]:
+    """Treecodes from cheap to dear, the default among them."""
+    return [(None, Treecode(rtol=rtol, seed=seed)) for rtol in sorted({*RTOLS, Treecode().rtol}, reverse=True)]
 
 
 def library_of(backend: str) -> Any:
