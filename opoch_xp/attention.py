@@ -29,13 +29,13 @@ class Report:
     """What a call did: the method, why it was chosen, what it read and what it measured on the way.
 
     reason: why the method was chosen. rows: rows a query read, mean, by part: of a treecode "local" (keys of its own
-    block), "sinks" (the first keys), "nodes" (summaries looked at) and "keys" (of the cells it read); of exact attention
-    "local"; of LSH "near" (keys) and "far" (mean fields). `read` holds the same as arrays of the device where they are
-    known there alone; asking for `rows` or `pairs` fetches them. method: None where a compiler saw the call before it
-    had a shape to choose by. exact_rows: rows exact attention would have read. pairs: their share, which passes 1 where
-    a method reads more than exact does. passes: every pass made over the input. audit: of an automatic choice that was
-    checked, or of the choice that tol made; else None. bounded: the share of the queries for which `most` of a Treecode
-    left something closed that it would have opened.
+    block), "sinks" (the first keys), "nodes" (summaries looked at) and "keys" (of the cells it read); of exact
+    attention "local"; of LSH "near" (keys) and "far" (mean fields). `read` holds the same as arrays of the device where
+    they are known there alone; asking for `rows` or `pairs` fetches them. method: None where a compiler saw the call
+    before it had a shape to choose by. exact_rows: rows exact attention would have read. pairs: their share, which
+    passes 1 where a method reads more than exact does. passes: every pass made over the input. audit: of an automatic
+    choice that was checked, or of the choice that tol made; else None. bounded: the share of the queries for which
+    `most` of a Treecode left something closed that it would have opened.
     """
 
     method: Method | None

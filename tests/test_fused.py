@@ -24,8 +24,8 @@ WHERE = "cuda" if GPU else "cpu"
 def inputs(
     groups: int, g: int, dim: int, width: int, leaf: int, nodes: int, cells: int, dtype: Any, masked: bool
 ) -> dict[str, Any]:
-    """Random lists over `nodes` nodes, the first of them `cells` cells: some entries are absent, some nodes hold no key,
-    some cells nobody's."""
+    """Random lists over `nodes` nodes, the first of them `cells` cells: some entries are absent, some nodes hold no
+    key, some cells nobody's."""
     generator = torch.Generator().manual_seed(groups * g + dim)
 
     def normal(*shape: int) -> Any:
@@ -124,9 +124,7 @@ def test_tree_attention_through_the_kernel_is_that_of_the_plain_steps(
 ) -> None:
     if wanted():  # the steps of CUDA tensors, on a CPU
         monkeypatch.setattr("opoch_xp.backends.torch.compiled._here", lambda x: False)
-    method = ox.Treecode(
-        rtol=0.2, sinks=3, block=32, leaf=4, fan=4, branch=4, top=4, group=20, least=2, most=most
-    )
+    method = ox.Treecode(rtol=0.2, sinks=3, block=32, leaf=4, fan=4, branch=4, top=4, group=20, least=2, most=most)
     q, k, v = (torch.randn(1, 2, 150, 16, generator=torch.Generator().manual_seed(i)).to(WHERE) for i in range(3))
     mask = torch.rand(1, 150, generator=torch.Generator().manual_seed(4)).to(WHERE) < 0.8
     q[0, 1, 120] = torch.nan
@@ -136,11 +134,10 @@ def test_tree_attention_through_the_kernel_is_that_of_the_plain_steps(
         monkeypatch.setattr(tree, "attend_for", fused.FusedGroups)
         calls = []
 
-        def counted(*args: Any, calls: Any = calls, **others: Any) -> Any:
+        def counted(*args: Any, calls: Any = calls, attend_lists: Any = fused.attend_lists, **others: Any) -> Any:
             calls.append(1)
             return attend_lists(*args, **others)
 
-        attend_lists = fused.attend_lists
         with monkeypatch.context() as patched:
             patched.setattr(fused, "attend_lists", counted)
             ours = ox.attend(q, k, v, method=method, **keywords)

@@ -79,9 +79,7 @@ def query_groups(queries: Tensor, axes: Any, method: Treecode, *, stretch: Tenso
     """See opoch_xp.backends.generic.tree.query_groups."""
     if not _here(queries):
         return plain_tree.query_groups(queries, axes, method, stretch=stretch)
-    found = trees.query_groups(
-        _host(queries), axes, method, stretch=_host(stretch), workers=torch.get_num_threads()
-    )
+    found = trees.query_groups(_host(queries), axes, method, stretch=_host(stretch), workers=torch.get_num_threads())
     return torch.from_numpy(np.require(found, requirements="W"))
 
 

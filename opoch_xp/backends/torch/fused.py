@@ -14,8 +14,8 @@ At d = e = 64 that is 32 to 64 operations a byte in bfloat16, 4 to 8 in float32:
 Not yet timed on a GPU: block sizes are a guess. `num_stages`, BLOCK_M and, in float32, three products in tf32 for one
 are where to start.
 
-Letters: F groups, g queries of each, M closed nodes, C cells that are read, D and E widths of keys and values, DP and EP
-the same as powers of two of at least 16, which tl.dot needs.
+Letters: F groups, g queries of each, M closed nodes, C cells that are read, D and E widths of keys and values, DP and
+EP the same as powers of two of at least 16, which tl.dot needs.
 Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018; Dao et al., FlashAttention, 2022.
 """
 
@@ -192,9 +192,10 @@ class FusedGroups:
             closed = level.closed.all(1) & (level.count[:, 0] > 0)
             far.append(torch.where(closed, level.node + self.offsets[level.number], -1))
         cells, last = tree.cells.view(-1, tree.cells.shape[2]), levels[-1]
+        kept = None if tree.kept is None else tree.kept.view(-1)
         near = torch.where(last.reads.any(1), last.cells, -1)
         out, lse = attend_lists(
-            group.q.contiguous(), self.rows, self.law, torch.cat(far, 1), cells,
-            None if tree.kept is None else tree.kept.view(-1), near, last.reads.contiguous(), leaf=tree.leaf, scale=scale,
+            group.q.contiguous(), self.rows, self.law, torch.cat(far, 1), cells, kept, near, last.reads.contiguous(),
+            leaf=tree.leaf, scale=scale,
         )  # fmt: skip
         return out, lse, rows_read(group, tree, levels)

@@ -131,7 +131,8 @@ def attend_operator(
     before the trees of each tier, -inf where it reads none of them."""
     problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
     chosen, shape = method_of(method, problem), problem.q.shape[:3]
-    seen = torch.full((*shape, tier_sizes(named(method), problem.n_k)), -torch.inf, dtype=problem.dtype, device=q.device)
+    tiers = tier_sizes(named(method), problem.n_k)
+    seen = torch.full((*shape, tiers), -torch.inf, dtype=problem.dtype, device=q.device)
 
     def watch(tier: Tier, tree: Tree, runs: Any, groups: Tensor, state: State) -> None:
         seen[:, :, runs.rows, tier.number] = state[1][:, :, runs.rows]
@@ -142,7 +143,7 @@ def attend_operator(
     figures = [*figures[:-1], *[0.0] * (FIGURES - len(figures)), figures[-1]]
     out, lse = restore(q, v, solution.out, solution.lse, problem.xp)
     found = torch.stack([torch.as_tensor(figure, device=q.device).float() for figure in figures])
-    return out, lse, found, seen.reshape(*q.shape[:-1], -1 if 0 not in seen.shape else seen.shape[-1])
+    return out, lse, found, seen.reshape(*q.shape[:-1], seen.shape[-1])
 
 
 @attend_operator.register_fake

@@ -94,17 +94,18 @@ def batches(
     tasks, n, dim = queries.shape
     total, here = group_count(n, method.group), queries.device
     base = torch.arange(0, tasks * n, max(n, 1), device=here)[:, None]
-    rows = torch.where(groups < n, groups + base, tasks * n).view(tasks * total, -1)
+    rows = torch.where(groups < n, groups + base, tasks * n).reshape(tasks * total, -1)
     finite = finite_rows(queries)
-    flat = torch.where(finite[..., None], queries, 0.0).view(tasks * n, dim)
-    finite, seen = finite.view(-1), seen.reshape(-1)
+    flat = torch.where(finite[..., None], queries, 0.0).reshape(tasks * n, dim)
+    finite, seen = finite.reshape(-1), seen.reshape(-1)
     first, count = (np.asarray(x, np.int64).repeat(total) for x in (first, count))
     left = np.argsort(-count, kind="stable")[: np.count_nonzero(count)]
     while len(left):
         widest = int(count[left[0]])
         some = left[: _together(tree, widest, method, rows.shape[1])]
         left = left[len(some) :]
-        number, start, chunks = (torch.as_tensor(x).to(here, non_blocking=True) for x in (some, first[some], count[some]))
+        figures = (torch.as_tensor(x).to(here, non_blocking=True) for x in (some, first[some], count[some]))
+        number, start, chunks = figures
         index = rows[number]
         held = index < tasks * n
         row = torch.where(held, index, 0)

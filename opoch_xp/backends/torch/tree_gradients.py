@@ -9,11 +9,12 @@ Trees and groups are found again by the same calls on the same numbers, and each
 read before, so it opens what it opened. Which rows are read is piecewise constant, and has no gradient; neither has the
 balance, which decides where trees are cut.
 
-Letters: T tasks, F groups of a batch, g queries of each, m candidates, u cells that some query reads, d and e the widths
-of keys and values. Source: Dao et al., FlashAttention, 2022, for dl and delta.
+Letters: T tasks, F groups of a batch, g queries of each, m candidates, u cells that some query reads, d and e the
+widths of keys and values. Source: Dao et al., FlashAttention, 2022, for dl and delta.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,12 +45,12 @@ class Whole:
     dout: Tensor
     delta: Tensor
 
-    def of(self, rows: Tensor, there: Tensor) -> "Whole":
-        """The queries `rows` (F, g) of those in turn; others than those that are `there` weigh nothing."""
-        lse, delta = self.lse.reshape(-1)[rows], self.delta.reshape(-1)[rows]
-        dout = self.dout.reshape(-1, self.dout.shape[-1])[rows]
+    def where(self, there: Tensor) -> "Whole":
+        """Where queries are not `there` (...,) they weigh nothing."""
         return Whole(
-            torch.where(there, lse, torch.inf), torch.where(there[..., None], dout, 0.0), torch.where(there, delta, 0.0)
+            torch.where(there, self.lse, torch.inf),
+            torch.where(there[..., None], self.dout, 0.0),
+            torch.where(there, self.delta, 0.0),
         )
 
 
@@ -63,10 +64,7 @@ def forest_backward(
     gradients, and a tier's tree twice.
     """
     dq, dk, dv = torch.zeros_like(problem.q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
-    alive = torch.isfinite(lse)
-    whole = Whole(
-        torch.where(alive, lse, torch.inf), torch.where(alive[..., None], dout, 0.0), torch.where(alive, delta, 0.0)
-    )
+    whole = Whole(lse, dout, delta).where(torch.isfinite(lse))
     sinks = Sinks.of(problem, method)
     for blocks in exact_blocks(problem, method):
         _local_backward(problem, method, blocks, sinks, whole, (dq, dk, dv))
@@ -109,9 +107,12 @@ def _local_backward(
         k, v, there = sinks.before(xp, start)
         found = exact_backward(queries, k, v, *parts, causal=False, scale=problem.scale, mask=there)
         dq[:, :, blocks.rows] += blocks.joined(xp, found[0], batch)
-        place = torch.as_tensor(sinks.position, device=dk.device)[..., None]
+        place: Any = sinks.position
+        if isinstance(place, np.ndarray):  # as where no key is masked
+            place = torch.from_numpy(place.copy()).to(dk.device)
+        place = place[..., None]
         for x, gradient in zip((dk, dv), found[1:], strict=True):
-            gradient = gradient.view(batch, blocks.chunks, *gradient.shape[1:]).sum(1)  # a sink is there for every block
+            gradient = gradient.view(batch, blocks.chunks, *gradient.shape[1:]).sum(1)  # the same sinks for each block
             x.scatter_add_(1, place.expand_as(gradient), gradient)
 
 
@@ -128,15 +129,17 @@ def tier_backward(
     whole: Whole,
     into: "TreeGradients",
 ) -> Tensor:
-    """Gradient of the queries (T, n, d) of a part of the softmax; adds those of the tree's cells and summaries to `into`.
+    """Gradient of the queries (T, n, d) of a part of the softmax; adds those of cells and summaries to `into`.
 
     Arguments as of opoch_xp.backends.generic.tree.tree_attention; whole: of these queries, (T, n, ...).
     """
     tasks, n, dim = queries.shape
     dq = queries.new_zeros(tasks * n + 1, dim)  # the last row is nobody's: that of padding
+    flat = [x.reshape(tasks * n, *x.shape[2:]) for x in (whole.lse, whole.dout, whole.delta)]
     for batch in batches(queries, tree, first, count, groups, method, seen):
-        there = batch.group.voters
-        found = _batch_backward(batch, tree, method, scale, whole.of(batch.rows.clamp_max(tasks * n - 1), there), into)
+        rows = batch.rows.clamp_max(tasks * n - 1)
+        some = Whole(*(x[rows] for x in flat)).where(batch.group.voters)
+        found = _batch_backward(batch, tree, method, scale, some, into)
         dq.index_copy_(0, batch.rows.view(-1), found.view(-1, dim))
     return dq[:-1].view(tasks, n, dim)
 
