@@ -16,9 +16,10 @@ import numpy as np
 
 import opoch_xp as ox
 from opoch_xp import workloads
-from opoch_xp.backends.generic.tree import build_tree, log_mass
-from opoch_xp.forest import KEYS, directions, tiers
-from opoch_xp.tree import splits
+from opoch_xp.backends.generic.tree import build_tree
+from opoch_xp.treecode.forest import KEYS, directions, tiers
+from opoch_xp.treecode.law import coefficients_of, log_deviation, log_gain
+from opoch_xp.treecode.plan import splits
 
 matplotlib.use("svg")
 from matplotlib import pyplot
@@ -107,7 +108,7 @@ def hull(points: np.ndarray) -> np.ndarray:
     return np.array(chain(ordered) + chain(ordered[::-1]))
 
 
-TOY = ox.Treecode(block=16, fan=4, leaf=4, branch=2, top=4, group=8, open=2, near=2, own=1)
+TOY = ox.Treecode(rtol=0.5, sinks=4, block=16, fan=4, leaf=4, branch=2, top=4, group=8, least=2)
 TOKENS, POSITION = 256, 231
 
 
@@ -139,8 +140,8 @@ def forest() -> Any:
 
 
 PARTS = (
-    ("own block, key by key", GREY), ("near: cells of the group", ORANGE), ("own: cells of the query", PURPLE),
-    ("far: nodes of chunks of 16", SKY), ("far: nodes of chunks of 64", BLUE),
+    ("own block, key by key", GREY), ("first keys", PURPLE), ("keys of cells that were opened", ORANGE),
+    ("nodes of chunks of 16", SKY), ("nodes of chunks of 64", BLUE),
 )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def pairs() -> Any:
     picture = np.zeros((TOKENS, TOKENS, 4))
     for row in range(TOKENS):
         for entry in ox.explain(q, k, v, row=row, method=TOY, causal=True).entries:
-            place = {"local": 0, "near": 1, "own": 2}.get(entry.part, 3 + (entry.tier or 0))
+            place = {"local": 0, "sinks": 1, "keys": 2}.get(entry.part, 3 + (entry.tier or 0))
             picture[row, entry.keys] = (*to_rgb(PARTS[place][1]), 1)
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
     axes.imshow(picture, interpolation="none", aspect="equal", extent=(0, TOKENS, TOKENS, 0))
@@ -163,24 +164,25 @@ def pairs() -> Any:
 
 
 def masses() -> Any:
-    """The log mass of 64 keys whose logits are Gaussian, against three estimates of it from their count, mean and
+    """The log mass of 16 keys whose logits are normal numbers, against estimates of it from their count, mean and
     variance; the truth is the log of the sum itself, for 2,000 draws."""
-    n = 64
+    n = 16
     sigma = np.linspace(0, 7, 141)
     logits = np.random.default_rng(0).standard_normal((2000, n))
-    logits = (logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True)  # mean 0 and variance 1, exactly
     truth = np.array([np.log(np.exp(s * logits).sum(1)) for s in sigma]) - log(n)
-    estimate = log_mass(np.zeros_like(sigma), sigma**2, np.full_like(sigma, n)) - log(n)
+    law = coefficients_of(n)
+    estimate, deviation = log_gain(sigma**2, law), log_deviation(sigma**2, law)
+    freezing = (2 * log(n)) ** 0.5
+    limit = np.where(sigma < freezing, sigma**2 / 2, sigma * freezing - log(n))  # of many keys: Derrida, 1981
     figure, axes = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
     low, middle, high = np.percentile(truth, (5, 50, 95), axis=1)
     axes.fill_between(sigma, low, high, color=GREY, alpha=0.3, linewidth=0, label="true, 5th to 95th percentile")
     axes.plot(sigma, middle, color=GREY, linewidth=2, label="true, median")
     axes.plot(sigma, 0 * sigma, color=GREEN, label="mean field")
     axes.plot(sigma, sigma**2 / 2, color=ORANGE, label="second order")
-    axes.plot(sigma, estimate, color=BLUE, linewidth=2, label="random-energy model")
-    freezing = (2 * log(n)) ** 0.5
-    axes.axvline(freezing, color=LETTERS, linewidth=1, linestyle=":")
-    axes.text(freezing + 0.1, -0.7, "freezing", color=LETTERS, fontsize=9.5)
+    axes.plot(sigma, limit, color=PURPLE, label="random-energy model")
+    axes.plot(sigma, estimate, color=BLUE, linewidth=2, label="law of few keys")
+    axes.plot(sigma, estimate + 3 * deviation, color=BLUE, linewidth=1, linestyle="--", label="and three deviations")
     axes.set(xlabel="σ, standard deviation of the logits in the node", ylabel="log mass − (mean logit + ln n)")
     axes.set(xlim=(0, 7), ylim=(-1, 16))
     axes.grid(True)
@@ -192,7 +194,7 @@ def selection() -> Any:
     """The error of keeping the heaviest keys alone, of shared buckets, and of a treecode that reads as many rows, from
     flat to peaked attention; keys without structure, and keys in 64 clusters."""
     n, dim = 4096, 16
-    method = ox.Treecode(block=4096, leaf=8, top=16, group=16, open=16, near=8, own=8)
+    method = ox.Treecode(block=4096, sinks=0, leaf=8, top=16, group=16)
     sharpness = np.array([0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     figure, panels = pyplot.subplots(1, 2, figsize=(6.4, 3.3), sharey=True, layout="constrained")
     for axes, workload, title in zip(panels, ("gaussian", "scattered"), ("no structure", "64 clusters"), strict=True):

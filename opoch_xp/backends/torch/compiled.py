@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opoch_xp.backends.compiled import exact
+from opoch_xp.backends.compiled import exact, gradients
 from opoch_xp.backends.compiled import tree as trees
 from opoch_xp.backends.torch import exact as plain_exact
 from opoch_xp.backends.torch import tree as plain_tree
+from opoch_xp.backends.torch import tree_backward as plain_backward
+from opoch_xp.backends.torch.tree_backward import TreeGradients, Whole
 from opoch_xp.methods import Treecode
 from opoch_xp.treecode.tree import Lists, Part, Tree
 
@@ -106,3 +108,52 @@ def tree_attention(
         lists=given, workers=torch.get_num_threads(),
     )  # fmt: skip
     return Part(*map(torch.from_numpy, (found.out, found.lse, found.read)))
+
+
+def tier_backward(
+    queries: Tensor,
+    tree: Tree,
+    first: np.ndarray,
+    count: np.ndarray,
+    groups: Tensor,
+    method: Treecode,
+    *,
+    scale: float,
+    seen: Tensor,
+    whole: Whole,
+    into: TreeGradients,
+) -> Tensor:
+    """See opoch_xp.backends.torch.tree_backward.tier_backward."""
+    if not _here(queries):
+        return plain_backward.tier_backward(
+            queries, tree, first, count, groups, method, scale=scale, seen=seen, whole=whole, into=into
+        )
+    found = gradients.tier_backward(
+        _host(queries), _mapped(_host, tree), first, count, _host(groups), method, scale=scale, seen=_host(seen),
+        lse=_host(whole.lse), dout=_host(whole.dout), delta=_host(whole.delta), cells=_host(into.cells),
+        summaries=tuple(map(_host, into.summaries)), workers=torch.get_num_threads(),
+    )  # fmt: skip
+    return torch.from_numpy(found)
+
+
+def key_gradients(tree: Tree, found: TreeGradients) -> tuple[Tensor, Tensor]:
+    """See opoch_xp.backends.torch.tree_backward.key_gradients."""
+    if not _here(found.cells):
+        return plain_backward.key_gradients(tree, found)
+    below = _host(found.cells), tuple(map(_host, found.summaries))
+    dk, dv = gradients.key_gradients(_mapped(_host, tree), *below, torch.get_num_threads())
+    return torch.from_numpy(dk), torch.from_numpy(dv)
+
+
+def exact_backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, *, causal: bool, scale: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See opoch_xp.backends.torch.exact.exact_backward; over as many threads as q has entries of its batch."""
+    if not _here(q) or len(q) < torch.get_num_threads():
+        return plain_exact.exact_backward(q, k, v, lse, dout, delta, causal=causal, scale=scale, mask=mask)
+    dq, dk, dv = gradients.exact_backward(
+        *map(_host, (q, k, v, lse, dout, delta)), causal=causal, scale=scale, mask=_host(mask),
+        workers=torch.get_num_threads(),
+    )  # fmt: skip
+    return torch.from_numpy(dq), torch.from_numpy(dk), torch.from_numpy(dv)
