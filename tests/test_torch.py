@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import opoch_xp as ox  # noqa: E402
 from opoch_xp.backends import kernels_for  # noqa: E402
 
-SMALL = ox.Treecode(rtol=0.1, sinks=3, block=16, leaf=4, fan=4, branch=2, top=2, group=8, least=2)
+SMALL = ox.Treecode(rtol=0.5, sinks=3, block=16, leaf=4, fan=4, branch=2, top=2, group=8, least=2)
 BOUND = ox.Treecode(rtol=0.4, sinks=0, block=16, leaf=2, fan=4, branch=4, top=4, group=5, least=0, most=2)
 SINGLE = ox.Treecode(rtol=0.3, sinks=20, block=16, leaf=1, fan=2, branch=2, top=4, group=1, least=1)
 BUCKETS = ox.LSH(bits=3, tables=2)
@@ -82,7 +82,7 @@ def test_gradients_where_most_is_closed_and_where_nothing_is() -> None:
     """The inputs above take every path: some nodes stay closed, some cells are read by some queries of a group."""
     read = ox.attend(*grouped(5), causal=True, method=SMALL).report.rows
     assert read["nodes"] > 4
-    assert 4 < read["keys"] < 40
+    assert 4 < read["keys"] < 50
     assert ox.attend(*grouped(5), causal=True, method=BOUND).report.bounded > 0
 
 
@@ -98,7 +98,7 @@ def test_arrays_may_lie_in_memory_as_models_have_them(method: Any) -> None:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
         found.append((out, lse, *torch.autograd.grad((out * weight).sum() + lse.sum(), arrays)))
     for ours, other in zip(*found, strict=True):
-        assert float((ours - other).detach().abs().max()) <= 1e-12 * float(other.abs().max())
+        assert float((ours - other).detach().abs().max()) <= 1e-12 * float(other.detach().abs().max())
 
 
 @pytest.mark.parametrize("method", [SMALL, ox.Exact()], ids=repr)
