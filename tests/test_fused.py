@@ -24,15 +24,14 @@ WHERE = "cuda" if GPU else "cpu"
 def inputs(
     groups: int, g: int, dim: int, width: int, leaf: int, nodes: int, cells: int, dtype: Any, masked: bool
 ) -> dict[str, Any]:
-    """Random lists over `nodes` nodes, the first of them `cells` cells: some entries are absent, some nodes hold no
-    key, some cells nobody's."""
+    """Random lists over `nodes` nodes, the first of them `cells` cells: some entries are absent, some cells nobody's."""
     generator = torch.Generator().manual_seed(groups * g + dim)
 
     def normal(*shape: int) -> Any:
         return torch.randn(shape, generator=generator)
 
     rows = torch.cat([normal(nodes, dim), normal(nodes, dim).square() * 4, normal(nodes, width)], 1)
-    count = torch.randint(0 if masked else 1, 40, (nodes,), generator=generator).float()
+    count = torch.randint(1, 40, (nodes,), generator=generator).float()
     law = coefficients(count)
     far = torch.randint(-1, nodes, (groups, 70), generator=generator)
     near = torch.stack([torch.randperm(cells, generator=generator)[:9] for _ in range(groups)])
@@ -40,7 +39,7 @@ def inputs(
     return {
         "q": normal(groups, g, dim).to(WHERE, dtype),
         "rows": rows.to(WHERE, dtype),
-        "law": torch.stack([count.log(), law.gain, law.width], 1).to(WHERE),
+        "law": torch.stack([law.log, law.gain, law.width], 1).to(WHERE),
         "far": far.to(WHERE),
         "cells": normal(cells * leaf, dim + width).to(WHERE, dtype),
         "kept": (torch.rand(cells * leaf, generator=generator) < 0.7).to(WHERE) if masked else None,

@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import opoch_xp as ox  # noqa: E402
-from opoch_xp.backends import kernels_for  # noqa: E402
+from opoch_xp.arguments import prepare  # noqa: E402
+from opoch_xp.backends.torch.operator import gradients, method_of, numbers  # noqa: E402
 
 SMALL = ox.Treecode(rtol=0.5, sinks=3, block=16, leaf=4, fan=4, branch=2, top=2, group=8, least=2)
 BOUND = ox.Treecode(rtol=0.4, sinks=0, block=16, leaf=2, fan=4, branch=4, top=4, group=5, least=0, most=2)
@@ -206,8 +207,6 @@ def test_compiles_for_lengths_that_change() -> None:
 
 @pytest.mark.parametrize("method", [SMALL, ox.Exact(), BUCKETS, None], ids=repr)
 def test_the_operator_keeps_its_promises_to_the_compiler(method: Any) -> None:
-    from opoch_xp.backends.torch.operator import numbers
-
     q, k, v = qkv(2, 2, n=70, dtype=torch.float32)
     given = (q, k, v, None, True, 0.3, numbers(method))
     found = torch.library.opcheck(torch.ops.opoch_xp.attend.default, given)
@@ -230,9 +229,6 @@ def test_the_operator_keeps_its_promises_to_the_compiler(method: Any) -> None:
     ids=repr,
 )
 def test_a_method_survives_as_numbers(method: Any) -> None:
-    from opoch_xp.arguments import prepare
-    from opoch_xp.backends.torch.operator import method_of, numbers
-
     problem = prepare(*qkv(grad=False))
     assert method_of(numbers(method), problem) == (ox.Exact() if method is None else method)
 
@@ -373,14 +369,34 @@ def test_memory_stays_linear() -> None:
                     largest = max(largest, x.untyped_storage().nbytes() // x.element_size())
             return out
 
-    n = 8192
+    n, method = 8192, ox.Treecode()
     q, k, v = qkv(1, n=n, d=8, dtype=torch.float32, grad=False)
-    kernels = kernels_for(__import__("array_api_compat.torch").torch)
-    assert kernels.name == "torch"
+    problem = prepare(q, k, v, causal=True)
+    assert problem.kernels.name == "torch"
+    seen = torch.zeros(1, 1, n, 2)
     with Watch():
-        ox.attention(q, k, v, causal=True, method=ox.Treecode(), check=False)
+        out, lse = (
+            getattr(ox.attend(q, k, v, causal=True, method=method, check=False), name) for name in ("out", "lse")
+        )
         ox.attention(q, k, v, causal=True, method=ox.Exact())
+        gradients(problem, method, lse[:, None], seen, torch.ones_like(out)[:, None], lse[:, None])
     assert 0 < largest < n * n // 4
+
+
+def test_a_bound_among_equals_loses_nothing() -> None:
+    """All nodes of a level hold the same: those that are not opened stay closed."""
+    from opoch_xp.backends import generic
+    from opoch_xp.backends.torch import tree
+
+    method = ox.Treecode(rtol=0.001, sinks=0, block=64, leaf=2, fan=4, branch=4, top=4, group=16, most=3)
+    queries, keys, values = (x[None] for x in qkv(n=16, grad=False))
+    k, v = (x[:, :2].repeat(3, 32, 1) for x in (keys, values))
+    built = generic.build_tree(k, v, None, method, order=torch.arange(64).repeat(3, 1))
+    given = 3 * queries, built, np.array([0]), np.array([3]), torch.arange(16)[None], method
+    seen = torch.full((1, 16), -torch.inf, dtype=torch.float64)
+    ours, right = (kernels.tree_attention(*given, scale=0.4, seen=seen) for kernels in (tree, generic))
+    assert torch.equal(ours.read, right.read)
+    assert float((ours.lse - right.lse).abs().max()) < 1e-12
 
 
 def test_results_equal_those_of_numpy() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.backends import generic
-from opoch_xp.backends.generic.tree import attend_runs, grouped_rows, most_chunks
+from opoch_xp.backends.generic.tree import attend_runs, grouped_rows, largest, most_chunks
 from opoch_xp.backends.numpy.pool import run
 from opoch_xp.backends.numpy.split import principal_order
 from opoch_xp.methods import Treecode
@@ -45,8 +45,9 @@ def tree_attention(
 ) -> Part:
     """See opoch_xp.backends.generic.tree.tree_attention."""
     runs = (np.asarray(first), np.asarray(count), most_chunks(count))
+    top = _largest if method.most is None else largest  # what a bound leaves of equals is decided in one way
     with np.errstate(all="ignore"):
-        return attend_runs(queries, tree, runs, groups, method, scale, seen, lists, _in_blocks, _largest)
+        return attend_runs(queries, tree, runs, groups, method, scale, seen, lists, _in_blocks, top)
 
 
 def _in_blocks(function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], step: int) -> tuple[Array, ...]:

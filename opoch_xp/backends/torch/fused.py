@@ -115,7 +115,7 @@ def _attend(
             if MASKED:
                 there = there & (tl.load(kept + number, mask=there, other=0) != 0)
             logit = scale * _dot(query, tl.trans(key), UPCAST)
-            logit = tl.where((read != 0) & there[None, :], logit, float("-inf"))
+            logit = tl.where(there[None, :], logit, float("-inf"))
             top, total, acc = _online(logit, value, top, total, acc, UPCAST)
     safe = tl.where(total > 0, total, 1.0)
     tl.store(out + (f * g + i[:, None]) * E + e, acc / safe[:, None], mask=(i[:, None] < g) & (e < E))
@@ -147,8 +147,8 @@ def attend_lists(
     """Softmax of queries q (F, g, d) over what each group lists: out (F, g, e) and lse (F, g), float32.
 
     rows (nodes, 2 d + e): mean key, variance and mean value of every node, cells first; law (nodes, 3) float32: log,
-    gain and width of opoch_xp.treecode.law.Coefficients, log -inf for a node of no key. far (F, M) int64: nodes that
-    are closed for all, -1 for none. cells (keys, d + e): keys and values in cell order, kept (keys,) bool or None. near
+    gain and width of opoch_xp.treecode.law.Coefficients. far (F, M) int64: nodes that are closed for all and hold some
+    key, -1 for none. cells (keys, d + e): keys and values in cell order, kept (keys,) bool or None. near
     (F, C) int64: cells of `leaf` keys that some query reads, -1 for none; reads (F, g, C) bool: which does, the others
     taking the cell for one pseudo-key. q, rows and cells have one dtype, float32, bfloat16 or float16; all are
     contiguous. A query that sees nothing gets zeros and -inf. Nothing is read back to the host.
@@ -177,8 +177,7 @@ class FusedGroups:
         sizes = [a.new_full(a.shape[:2], size, dtype=dtype) for a, size in zip(tree.summaries, tree.sizes, strict=True)]
         count = torch.cat([a.reshape(-1).to(dtype) for a in (sizes if tree.counts is None else tree.counts)])
         law = coefficients(count)
-        log = torch.where(count > 0, law.log, -torch.inf)
-        self.law = torch.stack([log, law.gain, law.width], 1)
+        self.law = torch.stack([law.log, law.gain, law.width], 1)
         self.offsets = np.cumsum([0, *(a.shape[0] * a.shape[1] for a in tree.summaries)]).tolist()
 
     def __call__(
