@@ -115,7 +115,7 @@ def _attend(
             if MASKED:
                 there = there & (tl.load(kept + number, mask=there, other=0) != 0)
             logit = scale * _dot(query, tl.trans(key), UPCAST)
-            logit = tl.where(there[None, :], logit, float("-inf"))
+            logit = tl.where((read != 0) & there[None, :], logit, float("-inf"))
             top, total, acc = _online(logit, value, top, total, acc, UPCAST)
     safe = tl.where(total > 0, total, 1.0)
     tl.store(out + (f * g + i[:, None]) * E + e, acc / safe[:, None], mask=(i[:, None] < g) & (e < E))

@@ -41,7 +41,7 @@ def forest_backward(
     for blocks in exact_blocks(problem, method):
         _local_backward(problem, method, blocks, sinks, whole, (dq, dk, dv))
     xp, batch = problem.xp, problem.q.shape[0]
-    mask, stretch = problem.mask, balance_of(problem.q, problem.n_k, problem.causal, method)
+    mask, stretch = sinks.outside(problem), balance_of(problem.q, problem.n_k, problem.causal, method)
     for tier in tiers(problem.n_q, problem.n_k, problem.causal, method):
         tree = build_tier(problem, method, tier, mask, stretch)
         into, first = TreeGradients.of(tree), first_chunks(batch, tier)
