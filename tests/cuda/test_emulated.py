@@ -235,7 +235,7 @@ METHODS = [  # and the keys of a chunk, queries of a task, and head sizes
     (replace(SMALL, rtol=0.0, most=3, least=9), 128, 8, 16, 20),  # everything is wanted
     (replace(SMALL, rtol=0.0, branch=4), 64, 33, 8, 40),
     (replace(SMALL, block=12, leaf=3, top=8, group=1), 96, 5, 8, 70),
-    (replace(SMALL, block=192, leaf=96, top=1), 192, 5, 3, 9),  # a cell is more than a tile
+    (replace(SMALL, block=192, leaf=96, top=1, branch=4), 192, 5, 3, 9),  # a cell is more than a tile
     (replace(SMALL, block=512, leaf=2, top=512, least=300), 2048, 3, 2, 3),  # more candidates than threads
     (replace(SMALL, block=16, leaf=2, top=8), 16, 20, 4, 5),  # the coarsest nodes are the cells
 ]
@@ -320,9 +320,10 @@ def test_batches_of_groups(most: int | None, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("least", "most"), [(3, None), (40, None), (7, 5), (300, 290)])
 def test_equal_nodes_are_opened_by_place(least: int, most: int | None) -> None:
-    """Keys of whole numbers, whose products are exact: many nodes weigh the same, and the first of them are opened."""
+    """Nodes of the same few keys, whole numbers whose products are exact: many weigh the same, the first are opened."""
     method = replace(SMALL, rtol=0.9, block=512, leaf=2, top=512, least=least, most=most)
-    k = np.random.default_rng(0).integers(0, 2, (3, 256, 2)).repeat(8, axis=1).astype(float)  # two nodes of each key
+    rng = np.random.default_rng(0)
+    k = rng.integers(0, 3, (3, 4, 2))[rng.integers(0, 3, (3, 512))].reshape(3, 2048, 2).astype(float)
     order = np.arange(2048)[None].repeat(3, 0)
     built = generic.build_tree(k, normal(1, 3, 2048, 2), None, method, order=order)
     queries = np.asarray([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]])

@@ -164,10 +164,9 @@ __global__ void __launch_bounds__(PICKERS, 2)
   if (given) given += group * G;
   if (reads) reads += group * g * G;
   know(index, votes, seen, tops, totals, (const T*)mass, whole, g, M, there);
-  __syncthreads();
   int voters = 0, wanted = 0, full = 0;
   for (int i = threadIdx.x; i < g; i += PICKERS) voters += votes[i];
-  voters = block_sum(voters, slots);
+  voters = block_sum(voters, slots);  // after its barriers `whole` is there
   for (int j = threadIdx.x; j < there; j += PICKERS) {
     T most_of = -infinity<T>();  // NaN counts for nothing
     for (int i = 0; i < g; i++) most_of = larger(may[(i64)i * M + j] - whole[i], most_of);
