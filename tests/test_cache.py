@@ -83,6 +83,13 @@ def test_prefill_is_one_call(backend: Backend, name: str) -> None:
     same(Caches(backend, METHODS[name]).prefill(q, k, v), whole(backend, METHODS[name], q, k, v), name)
 
 
+def test_prefill_in_groups_is_one_call(backend: Backend) -> None:
+    """Where the first block holds as many queries as tell a call's balance: the same groups, and the same is opened."""
+    q, k, v = unequal(*arrays(700, batch=1))
+    method = replace(METHODS["groups"], block=256, fan=4, leaf=8)
+    same(Caches(backend, method).prefill(q, k, v), whole(backend, method, q, k, v), "groups")
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_token_by_token_is_prefill(backend: Backend, name: str) -> None:
     n = 90 if backend.option in ("strict", "jax") or name == "lsh" else N
@@ -151,6 +158,142 @@ def test_sequences_of_one_length_that_are_held_differently(backend: Backend) -> 
     assert caches.cache.lengths.tolist() == [64, 64]
     caches.append(k[:, :, 64:], v[:, :, 64:])
     same(caches.attend(q), whole(backend, ALONE, q, k, v), "both")
+
+
+def test_a_balance_is_that_of_the_first_block_s_queries(backend: Backend) -> None:
+    """However they come; what comes of it is another tree than without, and later queries change nothing."""
+    q, k, v = unequal(*arrays(100))
+    out, lse = whole(backend, ALONE, q, k, v)
+    last = slice(60, 100)
+
+    def error(caches: Caches) -> float:
+        return relative_error(caches.attend(q[:, :, last])[0], out[:, :, last])
+
+    told, later, untold = (Caches(backend) for _ in range(3))
+    for i in range(0, 16, 4):
+        told.append(k[:, :, i : i + 4], v[:, :, i : i + 4])
+        told.cache.audit(backend.array(q[:, :, -2:] * 1e6))
+        told.attend(q[:, :, : i + 4] if i == 8 else q[:, :, i : i + 4])  # again, and those of earlier tokens
+    told.append(k[:, :, 16:], v[:, :, 16:])
+    same(told.attend(q[:, :, last]), (out[:, :, last], lse[:, :, last]), "told")
+    later.prefill(q[:, :, :20], k[:, :, :20], v[:, :, :20])
+    later.prefill(q[:, :, 20:] * 1e3, k[:, :, 20:], v[:, :, 20:])
+    same(later.attend(q[:, :, last]), (out[:, :, last], lse[:, :, last]), "later queries are others")
+    untold.append(k, v)
+    assert error(untold) > 1e-3
+    before = untold.attend(q[:, :, last])
+    untold.attend(q)  # the first queries too, but the trees are there
+    untold.cache.repeat(2)
+    untold.append(k[[0, 0, 1, 1]], v[[0, 0, 1, 1]])
+    untold.cache.crop(100)
+    untold.cache.select([0, 2])
+    same(untold.attend(q[:, :, last]), before, "not told in time")
+    untold.cache.crop(10)
+    untold.prefill(*(x[:, :, 10:] for x in (q, k, v)))
+    same(untold.attend(q[:, :, last]), (out[:, :, last], lse[:, :, last]), "in time for another first chunk")
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_a_balance_does_not_depend_on_the_unit_of_queries(backend: Backend, scale: float) -> None:
+    """Nor do squares leave float32."""
+    q, k, v = (x.astype("float32") for x in unequal(*arrays(40)))
+    caches, kept = Caches(backend), []
+    for one in (1.0, scale):
+        caches.prefill(q * np.float32(one), k, v)
+        kept.append(backend.numpy(caches.cache._store.balances.of(np.arange(2))))
+        caches.cache.crop(0)
+    assert_close(*kept, 1e-5, "balance")
+    assert kept[0].max() == 1
+    assert kept[0].min() < 0.6
+
+
+def test_what_is_cropped_of_the_first_block_tells_nothing(backend: Backend) -> None:
+    """Queries of tokens that went, and of a prefill that failed."""
+    q, k, v = unequal(*arrays(80))
+    expected = whole(backend, ALONE, q, k, v)
+    caches = Caches(backend)
+    caches.prefill(q[:, :, :5], k[:, :, :5], v[:, :, :5])
+    caches.prefill(q[:, :, 5:] * 4.0 ** np.arange(8), k[:, :, 5:], v[:, :, 5:])
+    caches.cache.crop(5)
+    store, built = caches.cache._store, caches.cache._store._built
+    store._built = lambda *arguments: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        caches.prefill(q[:, :, 5:] * 4.0 ** np.arange(8), k[:, :, 5:], v[:, :, 5:])
+    store._built = built
+    assert caches.cache.lengths.tolist() == [5, 5]
+    caches.prefill(q[:, :, 5:9], k[:, :, 5:9], v[:, :, 5:9])
+    found = caches.prefill(q[:, :, 9:], k[:, :, 9:], v[:, :, 9:])
+    same(found, tuple(x[:, :, 9:] for x in expected), "after")
+
+
+def test_sequences_have_balances_of_their_own(backend: Backend) -> None:
+    """One was told its queries, of the other they came too late; beams take theirs along."""
+    q, k, v = unequal(*arrays(70))
+    told, untold = Caches(backend), Caches(backend)
+    told.prefill(q, k, v)
+    untold.append(k, v)
+    expected = [x.attend(q[:, :, -20:]) for x in (told, untold)]
+    assert relative_error(expected[1][0], expected[0][0]) > 1e-3
+    both, first = Caches(backend), np.array([[True], [False]])
+    both.prefill(*(x[:, :, :70] for x in (q, k, v)), mask=np.broadcast_to(first, (2, 70)))
+    both.append(k, v, np.broadcast_to(~first, (2, 70)))
+    found = both.attend(q[:, :, -20:])
+    for b in (0, 1):
+        same(tuple(x[b] for x in found), tuple(x[b] for x in expected[b]), f"sequence {b}")
+    both.cache.reorder([1, 0])
+    found = both.attend(q[[1, 0]][:, :, -20:])
+    later = Caches(backend)
+    later.prefill(*(x[:, :, :9] for x in (q, k, v)), mask=np.broadcast_to(first, (2, 9)))
+    later.append(k[:, :, :9], v[:, :, :9], np.broadcast_to(~first, (2, 9)))
+    later.attend(q[:, :, :9])  # news of one of two of a length
+    later.prefill(*(x[:, :, 9:] for x in (q, k, v)))
+    same(later.attend(q[:, :, -20:]), expected[0], "told one after the other")
+    same(tuple(x[::-1] for x in found), tuple(np.stack([a[0], b[1]]) for a, b in zip(*expected, strict=True)), "reordered")
+
+
+@pytest.mark.parametrize("sinks", [1, 3, 16, 20, 70])
+def test_sinks_are_read_exactly(backend: Backend, sinks: int) -> None:
+    """Where the first keys hold nearly all of every query's mass nothing else matters, however coarse the rest is."""
+    q, k, v = arrays(200)
+    q[..., 0], k[..., 0] = 40.0, 0.0
+    k[:, :, :sinks, 0] = 2.5
+    method = replace(ALONE, rtol=0.9, sinks=sinks)
+    exact = whole(backend, ox.Exact(), q, k, v)
+    caches = Caches(backend, method)
+    same(caches.prefill(q, k, v), whole(backend, method, q, k, v), "one call")
+    assert_close(caches.attend(q)[0], exact[0], 1e-9, "exact")
+    tree = caches.cache._store.tiers[1].tree  # three chunks of 64, which come first in the arrays
+    kept, order = (backend.numpy(x)[:3] for x in (tree.kept, tree.order))
+    np.testing.assert_array_equal(kept, order + 64 * np.arange(3)[:, None] >= sinks)
+    none = Caches(backend, replace(method, sinks=0))
+    none.append(k, v)
+    read, others = (x.cache.attend(backend.array(q)).report.rows for x in (caches, none))
+    assert read["sinks"] == pytest.approx(np.minimum(np.arange(200) // 16 * 16, sinks).mean())
+    assert read["keys"] == 0 < others["keys"]  # beside them nothing is worth reading
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_sinks_stay_the_first_tokens(backend: Backend, name: str) -> None:
+    """Cropped to fewer tokens than sinks and grown again, with other tokens; beams of prompts of other lengths."""
+    q, k, v = arrays(120, batch=3)
+    caches = Caches(backend, METHODS[name])
+    caches.prefill(q[:, :, ::-1], k[:, :, ::-1], v[:, :, ::-1])
+    for n, to in ((2, 60), (17, 70), (33, 120)):
+        caches.cache.crop(n if n > 2 else 0)
+        start = 0 if n == 2 else n
+        caches.prefill(*(x[:, :, start:to] for x in (q, k, v)))
+        expected = whole(backend, METHODS[name], *(x[:, :, :to] for x in (q, k, v)))
+        same(caches.attend(q[:, :, :to]), expected, f"{to} after a crop to {n}")
+    caches.cache.crop(np.array([2, 19, 120]))
+    caches.cache.reorder([1, 0, 1])
+    order, lengths = [1, 0, 1], [19, 2, 19]
+    new = arrays(70, batch=3, seed=1)
+    caches.prefill(*new)
+    found = caches.attend(new[0])
+    for b, (one, n) in enumerate(zip(order, lengths, strict=True)):
+        joined = [np.concatenate([x[one : one + 1, :, :n], y[b : b + 1]], axis=2) for x, y in zip((q, k, v), new, strict=True)]
+        expected = tuple(x[:, :, -70:] for x in whole(backend, METHODS[name], *joined))
+        same(tuple(x[b : b + 1] for x in found), expected, f"beam {b}")
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])

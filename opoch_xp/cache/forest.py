@@ -101,7 +101,7 @@ class Forest:
 
     def take_in(self, sequences: np.ndarray, q: Array, first: int) -> None:
         """Queries (b, heads, repeat, m, d) of the tokens from position `first` on: what balances are made of."""
-        if not self.done[sequences[0]]:  # the balance is fixed with the first chunk
+        if first < self.balances.limit:
             self.balances.take_in(sequences, q, first)
 
     def forget(self, lengths: np.ndarray) -> None:
