@@ -76,9 +76,9 @@ class Treecode:
     A node stands for its keys as one pseudo-key at their mean value, with the log mass that as many normal logits of
     its mean and variance have on average.
 
-    `rtol` in [0, 1) says how exact: a node that may hold more than rtol / sqrt(nodes where the walk begins) of a query's
-    mass is opened, a cell that may is read key by key. It is of the size of the error, which grows and falls with it;
-    0 is exact attention. `least` nodes of each level of large nodes, where clusters may hide, are opened whatever they
+    `rtol` in [0, 1) says how exact: of m nodes that may stay closed, at least 128, one that may hold more than
+    rtol / sqrt(m) of a query's mass is opened, a cell that may is read key by key. The error grows and falls with it, and
+    is of its size; 0 is exact attention. `least` nodes of each level of large nodes, where clusters may hide, are opened whatever they
     hold. The first `sinks` keys are read exactly by every query that sees them: models put the mass of many heads there.
 
     Queries go in groups of `group` that are close in space, and a group opens what any of its queries wants: which nodes
