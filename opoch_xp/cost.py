@@ -6,8 +6,8 @@ from opoch_xp.methods import Exact, Treecode
 from opoch_xp.treecode.forest import local_rows, tiers
 from opoch_xp.treecode.plan import splits
 
-# Rows, nodes and keys together, that a query of a pretrained model reads of n keys outside its block, with the defaults:
-# FACTOR * n ** POWER. Heads of SmolLM2 read 370 of 3,600 and 1,400 of 15,900: see docs/results.md.
+# Rows, nodes and keys together, that a query of a pretrained model reads of n keys outside its block, with the
+# defaults: FACTOR * n ** POWER. Heads of SmolLM2 read 370 of 3,600 and 1,400 of 15,900: see docs/results.md.
 FACTOR, POWER = 3.0, 0.62
 
 

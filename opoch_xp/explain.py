@@ -103,12 +103,12 @@ def explain(
 
     row: 0 to n_q - 1; head: a number, batch axes and query heads counted together in C order, or the tuple of their
     indices. method: a Treecode, by default Treecode(). The other arguments as in `attend`. Trees, groups and what was
-    read before are the backend's; the lists come from the generic kernel, which a plugin may differ from where a node is
-    opened or not by a rounding.
+    read before are the backend's; the lists come from the generic kernel, which a plugin may differ from where a node
+    is opened or not by a rounding.
 
     Cost: the method on the queries of the key head, and the row's group against its trees again. Raises TypeError for a
-    method that is no Treecode, IndexError for a row or head that does not exist, ValueError for a row that is not finite,
-    and what attend raises.
+    method that is no Treecode, IndexError for a row or head that does not exist, ValueError for a row that is not
+    finite, and what attend raises.
 
     >>> import numpy as np, opoch_xp as ox
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 100, 8))

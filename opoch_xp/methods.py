@@ -77,15 +77,16 @@ class Treecode:
     its mean and variance have on average.
 
     `rtol` in [0, 1) says how exact: of m nodes that may stay closed, at least 128, one that may hold more than
-    rtol / sqrt(m) of a query's mass is opened, a cell that may is read key by key. The error grows and falls with it, and
-    is of its size; 0 is exact attention. `least` nodes of each level of large nodes, where clusters may hide, are opened whatever they
-    hold. The first `sinks` keys are read exactly by every query that sees them: models put the mass of many heads there.
+    rtol / sqrt(m) of a query's mass is opened, a cell that may is read key by key. The error grows and falls with it,
+    and is of its size; 0 is exact attention. `least` nodes of each level of large nodes, where clusters may hide, are
+    opened whatever they hold. The first `sinks` keys are read exactly by every query that sees them: models put the
+    mass of many heads there.
 
-    Queries go in groups of `group` that are close in space, and a group opens what any of its queries wants: which nodes
-    a query sees as one may depend on later queries of its chunk. `group=1` shares nothing: an output then never changes
-    when later tokens do. `most` bounds the nodes a group opens of a level and the cells it reads, the heaviest first;
-    None: no bound, or 128 where shapes must be static (under jax.jit). `iterations` power iterations find each axis,
-    from a direction drawn with `seed`; 0 keeps that direction.
+    Queries go in groups of `group` that are close in space, and a group opens what any of its queries wants: which
+    nodes a query sees as one may depend on later queries of its chunk. `group=1` shares nothing: an output then never
+    changes when later tokens do. `most` bounds the nodes a group opens of a level and the cells it reads, the heaviest
+    first; None: no bound, or 128 where shapes must be static (under jax.jit). `iterations` power iterations find each
+    axis, from a direction drawn with `seed`; 0 keeps that direction.
 
     Cost: see docs/mathematics.md; on heads of a pretrained model some hundreds of rows a query beside its own block at
     8,192 tokens, some thousands at a million. O(N) memory. Raises ValueError for parameters that do not fit together.

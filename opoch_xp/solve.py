@@ -8,10 +8,10 @@ import numpy as np
 from array_api_compat import device
 
 from opoch_xp.cost import predicted, visible_pairs
-from opoch_xp.treecode.forest import Watch, attend_treecode
 from opoch_xp.lsh import attend_buckets
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution, nothing_seen
+from opoch_xp.treecode.forest import Watch, attend_treecode
 
 
 def _exact(problem: Problem, method: Exact) -> Solution:

@@ -121,8 +121,8 @@ class _Search:
 
 
 def many_tables(n_k: int) -> LSH:
-    """Shared buckets in 32 tables, for heads that look up single unrelated keys, where a far field cannot help: about 16
-    keys a bucket on keys without structure."""
+    """Shared buckets in 32 tables, for heads that look up single unrelated keys, where a far field cannot help: about
+    16 keys a bucket on keys without structure."""
     return LSH(bits=max(1, min(62, round(log2(max(n_k, 2)) - 4))), tables=32)
 
 
@@ -144,8 +144,8 @@ def tune(
 
     tol in (0, 1) bounds the upper end of the error's 95% interval on the sampled rows of the worst head. The rtol of a
     Treecode is searched, from tol on, for an error a little below it; where none passes, or reads more than exact
-    attention would, LSH in many tables is tried, then Exact. With more than 16,384 queries methods are tried on the last
-    16,384 first, and what passes on all. At most six audits; audit.ladder keeps every one.
+    attention would, LSH in many tables is tried, then Exact. With more than 16,384 queries methods are tried on the
+    last 16,384 first, and what passes on all. At most six audits; audit.ladder keeps every one.
 
     Arrays and the other arguments as in `attend`. Cost: the methods tried, and rows * n_k exact dot products each.
     Raises as attend does, and ValueError for a tol outside (0, 1), rows < 1 or seed < 0.

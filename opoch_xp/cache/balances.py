@@ -29,8 +29,8 @@ class Balances:
     """The balances of the sequences of a cache, (batch, heads, d), of those that have a chunk in a tree.
 
     asked (batch, heads, positions, d): for each position the root mean square of its queries, over the query heads of a
-    key head; zeros where no query was seen, which tell nothing. known (batch,), host integers: the positions before have
-    had their say.
+    key head; zeros where no query was seen, which tell nothing. known (batch,), host integers: the positions before
+    have had their say.
     """
 
     def __init__(self, layout: Layout, method: Treecode, memory: Memory) -> None:
@@ -93,8 +93,8 @@ class Balances:
 
 
 def root_mean_squares(layout: Layout, q: Array) -> Array:
-    """Of queries (b, heads, repeat, m, d), over the query heads of a key head: (b, heads, m, d). Heads whose query is not
-    finite count as zeros."""
+    """Of queries (b, heads, repeat, m, d), over the query heads of a key head: (b, heads, m, d). Heads whose query is
+    not finite count as zeros."""
     xp = layout.xp
     q = xp.astype(q, layout.summed, copy=False)
     q = xp.where(xp.isfinite(xp.sum(q * 0.0, axis=-1, keepdims=True)), q, 0.0)

@@ -135,7 +135,8 @@ class Forest:
             self._built(tuple(x[:, :, first - start : last - start, :] for x in rows), tier, first, balance)
             for tier, _, first, last in plan
         ]
-        front = self._front(before), self._front(done)  # sinks more than before are among the rows: they are in trees now
+        # sinks more than before are among the rows: they are in trees now
+        front = self._front(before), self._front(done)
         parts = [(front[0], front[0] - start, front[1] - start)] if front[0] < front[1] else []
         parts.append((front[1], done - start, length - start))
         near = [(row, self._copied(rows, low, high)) for row, low, high in parts]
@@ -180,8 +181,8 @@ class Forest:
     def _built(
         self, rows: tuple[Array, ...], tier: int, first: int, balance: Array | None, order: Array | None = None
     ) -> Tree:
-        """Trees of whole chunks of a tier, k and v (b, heads, chunks * size, ...) of the tokens from `first` on; balance
-        (b * heads, d), or the order in which they were split."""
+        """Trees of whole chunks of a tier, k and v (b, heads, chunks * size, ...) of the tokens from `first` on;
+        balance (b * heads, d), or the order in which they were split."""
         xp, size, dim = self.layout.xp, self._size(tier), self.layout.dim
         k, v = (xp.reshape(x, (-1, size, x.shape[-1])) for x in rows)
         runs, tokens = rows[0].shape[0] * self.layout.heads, rows[0].shape[2]
@@ -247,8 +248,8 @@ class Forest:
         pieces: Iterable[tuple[int | None, Array, Array, Array | None]],
         told: dict[str, Array],
     ) -> None:
-        """Fill an empty sequence with what `spans` names, tier, k and v (1, heads, m, ...) and the order of a chunk, and
-        with what `told` gave."""
+        """Fill an empty sequence with what `spans` names, tier, k and v (1, heads, m, ...) and the order of a chunk,
+        and with what `told` gave."""
         one, held = np.array([sequence]), 0
         before = None
         for tier, k, v, order in pieces:
@@ -323,23 +324,24 @@ class Forest:
     def _exactly(
         self, sequences: np.ndarray, q: Array, causal: bool, scale: float
     ) -> tuple[Problem, tuple[Array, Array]]:
-        """What is exact: queries (b * heads, repeat, n_q, d) against their own blocks, or, not causal, the open one, and
-        against the sinks before those."""
+        """What is exact: queries (b * heads, repeat, n_q, d) against their own blocks, or, not causal, the open one,
+        and against the sinks before those."""
         xp, kernels, (heads, _, n_q, _) = self.layout.xp, self._kernels, q.shape
         n, done, block = int(self.lengths[sequences[0]]), int(self.done[sequences[0]]), self.method.block
         first = max(0, n - n_q) // block * block if causal else done
-        near = tuple(xp.reshape(taken(xp, x, sequences), (heads, -1, x.shape[-1])) for x in self.near)
+        near_k, near_v = (xp.reshape(taken(xp, x, sequences), (heads, -1, x.shape[-1])) for x in self.near)
         if first >= done:  # the open block, which has one shape whatever it holds, after the sinks
-            problem = Problem(xp, kernels, q, *near, None, causal, scale)
+            problem = Problem(xp, kernels, q, near_k, near_v, None, causal, scale)
             last = last_seen(n, n_q, causal) - done + self._front(done)
-            return problem, attend_exactly(xp, kernels, q, *near, last, scale)
+            return problem, attend_exactly(xp, kernels, q, near_k, near_v, last, scale)
         k, v = (xp.reshape(x, (heads, n - first, -1)) for x in self.rows(sequences, first, n))
         problem = Problem(xp, kernels, q, k, v, None, causal, scale)
         none = Sinks(k[:, :0, :], v[:, :0, :], np.zeros((heads, 0), np.int64), np.zeros((heads, 0), bool))
         state, _ = attend_local(problem, self.method, none)
         seen = self._sinks_seen(n, n_q, causal)
         if seen.max() > 0:
-            part = attend_exactly(xp, kernels, q, *(x[:, : self.sinks, :] for x in near), seen - 1, scale)
+            sink_k, sink_v = (x[:, : self.sinks, :] for x in (near_k, near_v))
+            part = attend_exactly(xp, kernels, q, sink_k, sink_v, seen - 1, scale)
             state = kernels.merge_part(*state, *part, 0)
         return problem, state
 

@@ -46,9 +46,9 @@ class KVCache:
 
     With `Treecode`, the default, every chunk of keys is split and summarised once, when it fills, and a chunk of the
     next tier takes the place of those it is made of: what a step reads grows slowly with the length, and a key is held
-    once. A query's own block is exact, also when it has just filled, and so are the first tokens, the sinks. `Exact` and
-    `LSH` keep rows as they came; LSH hashes and sorts them anew in each call, with max_bucket fixed, by default at 256
-    keys or what the capacity would give.
+    once. A query's own block is exact, also when it has just filled, and so are the first tokens, the sinks. `Exact`
+    and `LSH` keep rows as they came; LSH hashes and sorts them anew in each call, with max_bucket fixed, by default at
+    256 keys or what the capacity would give.
 
     Chunks are split along what queries care about, their *balance* (opoch_xp.treecode.balance). That of a sequence is
     fixed with its first chunk, by the queries given until then to `prefill` and to causal `attend` of the tokens of its

@@ -41,8 +41,8 @@ def together_checks(kernels: Any, library: Library, dtypes: tuple[str, ...]) -> 
 def _fault(kernels: Any, library: Library, method: Method, causal: bool, dtype: str) -> str:
     try:
         error, rows = _figures(kernels.name, library, method, causal, dtype)
-    except Exception as error:  # whatever a plugin raises is told
-        return f"raises {type(error).__name__}: {error}"
+    except Exception as raised:  # whatever a plugin raises is told
+        return f"raises {type(raised).__name__}: {raised}"
     theirs, read = _of_twins(method, causal)
     allowed = MORE * theirs + _rounding(dtype)
     if not error <= allowed:  # and where it is NaN

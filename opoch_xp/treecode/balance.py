@@ -18,7 +18,7 @@ SMALLEST = 1e-4  # of a mean square, over the largest
 
 
 def balance(squares: Array) -> Array:
-    """w (batch, d) of the mean squares (batch, d) of the queries of each key head, in any unit; ones where all are 0."""
+    """w (batch, d) of the mean squares (batch, d) of each key head's queries, in any unit; ones where all are 0."""
     xp = array_namespace(squares)
     largest = xp.max(squares, axis=1, keepdims=True)
     share = squares / xp.where(largest > 0, largest, 1.0)

@@ -124,8 +124,8 @@ def rows_of_parts(problem: Problem, method: Treecode, sinks: Any, read: Array | 
 
 @dataclass(frozen=True)
 class Sinks:
-    """The first kept keys of each sequence: k (batch, s, d), v (batch, s, d_v), position and there (batch, s), which are
-    keys that are kept; position and there are the host's where no key is masked."""
+    """The first kept keys of each sequence: k (batch, s, d), v (batch, s, d_v), position and there (batch, s), which
+    are keys that are kept; position and there are the host's where no key is masked."""
 
     k: Array
     v: Array
@@ -191,7 +191,7 @@ def attend_local(problem: Problem, method: Treecode, sinks: Sinks) -> tuple[Stat
 
 
 def exact_blocks(problem: Problem, method: Treecode) -> Iterator["Blocks"]:
-    """The runs of queries that read the same keys exactly: causal by block, otherwise all those after the last block."""
+    """Runs of queries that read the same keys exactly: causal by block, otherwise all those after the last block."""
     if problem.causal:
         return local_blocks(problem.n_q, problem.n_k, method)
     rest = slice(problem.n_k // method.block * method.block, problem.n_k)
@@ -264,7 +264,7 @@ def build_tier(problem: Problem, method: Treecode, tier: Tier, mask: Array | Non
 def attend_tier(
     problem: Problem, method: Treecode, tree: Tree, runs: "Runs", groups: Array, state: State
 ) -> tuple[State, Array]:
-    """The state with the part of some queries against the chunks of `tree` that they may see; and what was read (3,)."""
+    """The state with the part of some queries against the chunks of `tree` that they may see; what was read (3,)."""
     xp, (batch, repeat) = problem.xp, problem.q.shape[:2]
     part = problem.kernels.tree_attention(
         runs.of_queries(xp, problem.q), tree, runs.first, runs.count, groups, method, scale=problem.scale,
@@ -321,9 +321,9 @@ def tier_runs(
 ) -> Iterator[Runs]:  # fmt: skip
     """The queries (batch, repeat, n_q, d) of each piece of a tier, and the chunks they may see.
 
-    chunk (batch,): where chunk 0 of the tier would stand for each key head in the tree that is read. balance (batch, d):
-    what queries are divided by before they are grouped; None for ones. together: the
-    query heads of a key head are one task where all their queries make one group.
+    chunk (batch,): where chunk 0 of the tier would stand for each key head in the tree that is read. balance
+    (batch, d): what queries are divided by before they are grouped; None for ones. together: the query heads of a key
+    head are one task where all their queries make one group.
     """
     batch, repeat, n_q, dim = queries
     shift = n_q - n_k

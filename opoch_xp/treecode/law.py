@@ -59,8 +59,8 @@ def coefficients(count: Array) -> Coefficients:
 
 
 def log_gain(sigma2: Array, c: Coefficients) -> Array:
-    """E ln((1/n) sum of n exp(x)), x normal with variance sigma2: a hyperbola in sigma, within .08 for n = 16 and .22 for
-    1,024. Its derivative is finite everywhere, also at zero."""
+    """E ln((1/n) sum of n exp(x)), x normal with variance sigma2: a hyperbola in sigma, within .08 for n = 16 and .22
+    for 1,024. Its derivative is finite everywhere, also at zero."""
     return c.gain * (array_namespace(sigma2).sqrt(1 + sigma2 * c.width) - 1)
 
 

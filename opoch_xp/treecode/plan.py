@@ -6,7 +6,6 @@ from math import log
 
 from opoch_xp.methods import Treecode
 
-
 FEWEST = 128  # closed nodes that errors are reckoned for at the least: short contexts cost little and err most
 
 
@@ -14,9 +13,9 @@ FEWEST = 128  # closed nodes that errors are reckoned for at the least: short co
 class LevelPlan:
     """The levels of a chunk's tree. Level 0 are the cells; the last is the coarsest, where a walk begins.
 
-    nodes: of each level, in a chunk; sizes: keys of a node. forced: how many nodes of the level a group of queries opens
-    whatever they hold: `least` of the method where a node has more than `block / top` keys, so that its mean and variance
-    may hide clusters, and none elsewhere. small: those `block / top` keys.
+    nodes: of each level, in a chunk; sizes: keys of a node. forced: how many nodes of the level a group of queries
+    opens whatever they hold: `least` of the method where a node has more than `block / top` keys, so that its mean and
+    variance may hide clusters, and none elsewhere. small: those `block / top` keys.
     """
 
     nodes: tuple[int, ...]
@@ -39,7 +38,9 @@ class LevelPlan:
         A closed node errs by about its share of the output, and the errors of m nodes add to sqrt(m) of one; m is the
         number of small nodes that cover the chunks, as many as a walk may leave closed.
         """
-        return log(rtol) - 0.5 * log(max(FEWEST, chunks * self.nodes[0] * self.sizes[0] // self.small)) if rtol else -float("inf")
+        if not rtol:
+            return -float("inf")
+        return log(rtol) - 0.5 * log(max(FEWEST, chunks * self.nodes[0] * self.sizes[0] // self.small))
 
 
 @lru_cache(256)

@@ -81,8 +81,8 @@ def read_cell(
     of a row that is nobody's, to a multiple of READERS.
 
     cells (keys, d + e); `whole`: all its keys are kept, else kept (keys,) says which. lined (queries, d), scaled.
-    keys (d, lanes), logits and weights (READERS, lanes) are scratch; same (READERS,) counts from 0. The maxima are those
-    of masses that were estimated: they are raised where a key weighs far more, which is rare.
+    keys (d, lanes), logits and weights (READERS, lanes) are scratch; same (READERS,) counts from 0. The maxima are
+    those of masses that were estimated: they are raised where a key weighs far more, which is rare.
     """
     first, lanes, e = cell * leaf, logits.shape[1], lined_sums.shape[1]
     few = count <= FEW and leaf == lanes and dim % (VECTOR // lined.itemsize) == 0
@@ -147,8 +147,8 @@ def finish(
 @compiled
 def attend_groups(
     queries: Array, finite: Array, index: Array, held: Array, first: Array, chunks: Array, low: int, high: int,
-    levels: Array, counts: Array, chunks_held: int, nodes: Array, sizes: Array, forced: Array, thresholds: Array, most: int,
-    cells: Array, kept: Array, leaf: int, dim: int, scale: Any, seen: Array, given: bool, opened_list: Array,
+    levels: Array, counts: Array, chunks_held: int, nodes: Array, sizes: Array, forced: Array, thresholds: Array,
+    most: int, cells: Array, kept: Array, leaf: int, dim: int, scale: Any, seen: Array, given: bool, opened_list: Array,
     widths: Array, cell_list: Array, read_list: Array, out: Array, lse: Array, read: Array,
 ) -> None:  # fmt: skip
     """Groups from low to high: queries (N, d), of which group f holds index[f, : held[f]], against chunks[f] chunks
@@ -159,8 +159,8 @@ def attend_groups(
     the address of their counts, finite (N,), kept (keys,): empty where all count. cells (keys, d + e). thresholds: of
     LevelPlan, by the number of chunks; most: of the method, 0 for no bound. If `given`, the lists are read: opened_list
     (groups, sum of widths), cell_list (groups, u) and read_list (groups, g, u), numbered from the run's first chunk, -1
-    where there is none. Writes out (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must be
-    done again, since what was estimated of its nodes is so far above what they hold that float32 lost it.
+    where there is none. Writes out (N, e), lse (N,) and read (groups, 4): see `Part`, and last whether the group must
+    be done again, since what was estimated of its nodes is so far above what they hold that float32 lost it.
     """
     kind, e, depth = queries.dtype, cells.shape[1] - dim, nodes.size
     vector = VECTOR // queries.itemsize
@@ -176,7 +176,8 @@ def attend_groups(
     top, old, total, known = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
     cut, votes = np.empty(g, kind), np.empty(g, np.bool_)
     asked, asks = np.empty(256, np.int64), np.empty(256, np.int64)
-    keys, logits, weights = np.empty((dim, lanes), kind), np.empty((READERS, lanes), kind), np.empty((READERS, lanes), kind)
+    keys, logits = np.empty((dim, lanes), kind), np.empty((READERS, lanes), kind)
+    weights = np.empty((READERS, lanes), kind)
     same, last, none = np.arange(READERS), depth - 1, np.empty(0, kind)
     nothing = np.empty((0, 0), kind)
     for f in range(low, high):
@@ -210,7 +211,8 @@ def attend_groups(
             if bounded:
                 read[f, 2] = voters
             if given:
-                open_listed(cell_list[f] if level == last else opened_list[f, spot : spot + widths[level]], number, m, opened)
+                listed = cell_list[f] if level == last else opened_list[f, spot : spot + widths[level]]
+                open_listed(listed, number, m, opened)
                 spot += widths[level] if level < last else 0
             wanted = 0
             for i in range(m):
@@ -223,8 +225,9 @@ def attend_groups(
             else:
                 asked, asks = grown_list(asked, 2 * wanted), grown_list(asks, wanted * (count + READERS))
                 after = askers(
-                    mass, may, m, number, base, cut, opened, given, cell_list, read_list, f, count, rows_held, asked, asks
-                )
+                    mass, may, m, number, base, cut, opened, given, cell_list, read_list, f, count, rows_held,
+                    asked, asks,
+                )  # fmt: skip
                 opened[:m] = False
             live = left(mass, m, opened, heavy, node, total)
             mix(rows, node, 0, live, 2 * dim, e, mass[:live], sums)
@@ -235,8 +238,8 @@ def attend_groups(
             after = asked[2 * i + 2] if i + 1 < m else -1
             every_key = kept.size == 0 or some[cell] == leaf
             read_cell(
-                cells, kept, every_key, cell, leaf, dim, asks, used, asking, lined, keys, logits, weights, same, top, total,
-                known, sums, lined_sums, after,
+                cells, kept, every_key, cell, leaf, dim, asks, used, asking, lined, keys, logits, weights, same, top,
+                total, known, sums, lined_sums, after,
             )  # fmt: skip
             used += -(-asking // READERS) * READERS
             read[f, 1] += asking * leaf

@@ -74,11 +74,11 @@ def closed_backward(
     rest: Array, spread: Array, lined: Array, lined_squares: Array, lined_dout: Array, turned_dout: Array, slope: Array,
     ids: Array, count: int, gradient: Array, dot: Array, square: Array,
 ) -> None:  # fmt: skip
-    """Gradients through the nodes node[:live] that stay closed: into `gradient` (nodes, 2 d + e), and for the queries into
-    dot and square (d, g), the gradients of the scaled queries and of their squares.
+    """Gradients through the nodes node[:live] that stay closed: into `gradient` (nodes, 2 d + e), and for the queries
+    into dot and square (d, g), the gradients of the scaled queries and of their squares.
 
-    weight (live, g) holds exp(mass - shift), and becomes dl; spread (live, g), sigma^2; slope (live, g) is scratch. lined,
-    lined_squares (count, d), lined_dout (count, e); turned_dout (e, g); ids counts from 0.
+    weight (live, g) holds exp(mass - shift), and becomes dl; spread (live, g), sigma^2; slope (live, g) is scratch.
+    lined, lined_squares (count, d), lined_dout (count, e); turned_dout (e, g); ids counts from 0.
     """
     e, padded = turned_dout.shape[0], -(-live // ROWS) * ROWS
     for i in range(live, padded):
@@ -147,7 +147,10 @@ def cell_backward(
         for i in range(lanes):
             if r >= count or i >= leaf or not (every_key or kept[first + i]):
                 logits[r, i] = -np.inf
-        masses.weigh_pairs(logits, slope, r, whole[j] if r < count else whole.dtype.type(0), rest[j] if r < count else rest.dtype.type(0))
+        masses.weigh_pairs(
+            logits, slope, r, whole[j] if r < count else whole.dtype.type(0),
+            rest[j] if r < count else rest.dtype.type(0),
+        )  # fmt: skip
     key_gradients(logits, count, leaf, near_dout, ids, part, gradient, first, dim, e)
     key_gradients(slope, count, leaf, near, ids, part, gradient, first, 0, dim)
     for r in range(0, padded, READERS):
@@ -156,8 +159,8 @@ def cell_backward(
 
 @compiled
 def key_gradients(
-    weight: Array, count: int, leaf: int, near: Array, ids: Array, part: Array, gradient: Array, first: int, column: int,
-    columns: int,
+    weight: Array, count: int, leaf: int, near: Array, ids: Array, part: Array, gradient: Array, first: int,
+    column: int, columns: int,
 ) -> None:  # fmt: skip
     """gradient[first + i, column + c] += sum over r below count of weight[r, i] * near[r, c], i below leaf."""
     into = part.reshape(-1)[: part.shape[0] * near.shape[1]].reshape(part.shape[0], near.shape[1])
@@ -171,10 +174,11 @@ def key_gradients(
 @compiled
 def groups_backward(
     queries: Array, finite: Array, index: Array, held: Array, first: Array, chunks: Array, levels: Array,
-    counts: Array, chunks_held: int, nodes: Array, sizes: Array, forced: Array, thresholds: Array, most: int, cells: Array, kept: Array, leaf: int, dim: int, scale: Any, seen: Array, lse: Array, dout: Array,
+    counts: Array, chunks_held: int, nodes: Array, sizes: Array, forced: Array, thresholds: Array, most: int,
+    cells: Array, kept: Array, leaf: int, dim: int, scale: Any, seen: Array, lse: Array, dout: Array,
     delta: Array, summary_gradients: Array, cell_gradients: Array, dq: Array,
 ) -> None:  # fmt: skip
-    """Groups of queries: arguments as in `attend.attend_groups`; lse (N,) of the whole softmax, dout (N, e), delta (N,).
+    """Groups of queries, as in `attend.attend_groups`; lse (N,) of the whole softmax, dout (N, e), delta (N,).
 
     Adds to dq (N, d), to cell_gradients (keys, d + e), and to the gradients of summaries, of which
     summary_gradients[l] is the address of level l, laid out as the summaries are.
@@ -183,7 +187,8 @@ def groups_backward(
     vector, most_held = VECTOR // queries.itemsize, index.shape[1]
     g, lanes, width = -(-most_held // vector) * vector, -(-leaf // vector) * vector, dim + cells.shape[1]
     wide, wide_e = -(-dim // vector) * vector, -(-e // vector) * vector
-    mass, may, spread, slope = np.empty((256, g), kind), np.empty((256, g), kind), np.empty((256, g), kind), np.empty((256, g), kind)
+    mass, may = np.empty((256, g), kind), np.empty((256, g), kind)
+    spread, slope = np.empty((256, g), kind), np.empty((256, g), kind)
     node, number, below = np.empty(256 + ROWS, np.int64), np.empty(256, np.int64), np.empty(256, np.int64)
     opened, forces = np.empty(256, np.bool_), np.empty(256, np.bool_)
     hot, heavy = np.empty(256, kind), np.empty(256, kind)
@@ -191,8 +196,9 @@ def groups_backward(
     lined, lined_squares = np.zeros((most_held + 1, dim), kind), np.zeros((most_held + 1, dim), kind)
     lined_dout, turned_dout = np.zeros((most_held + 1, e), kind), np.empty((e, g), kind)
     found, dot, square = np.empty((most_held + 1, dim), kind), np.empty((dim, g), kind), np.empty((dim, g), kind)
-    top, old, total, known, cut = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
-    whole, rest, factor, votes = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, np.bool_)
+    top, old, total, known = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
+    cut, whole, rest, factor = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
+    votes = np.empty(g, np.bool_)
     asked, asks, ids = np.empty(256, np.int64), np.empty(256, np.int64), np.arange(g + 2 * READERS)
     near, near_dout = np.zeros((g + READERS, wide), kind), np.zeros((g + READERS, wide_e), kind)
     logits, paired = np.empty((g + READERS, lanes), kind), np.empty((g + READERS, lanes), kind)
@@ -221,7 +227,8 @@ def groups_backward(
             base, every = first[f] * nodes[level], chunks_held * nodes[level]
             for i in range(m):
                 node[i] = base + number[i]
-            rows, into = array_at(levels[level], every, width, cells), array_at(summary_gradients[level], every, width, cells)
+            rows = array_at(levels[level], every, width, cells)
+            into = array_at(summary_gradients[level], every, width, cells)
             some = array_at(counts[level], 1, every, cells)[0] if counts.size else none
             old[:] = top
             log_masses(rows, node, m, some, sizes[level], dim, turned, squares, mass, may, top, spread)
@@ -313,8 +320,8 @@ def summaries_backward(
 
 @compiled
 def blocks_backward(
-    q: Array, k: Array, v: Array, mask: Array, lse: Array, dout: Array, delta: Array, causal: bool, scale: Any, low: int,
-    high: int, dq: Array, dk: Array, dv: Array,
+    q: Array, k: Array, v: Array, mask: Array, lse: Array, dout: Array, delta: Array, causal: bool, scale: Any,
+    low: int, high: int, dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
     """Gradients of exact attention for the entries from low to high: q (batch, repeat, n_q, d), k (batch, n_k, d), v
     (batch, n_k, e), mask (batch, n_k) or empty; lse, delta (batch, repeat, n_q) and dout (batch, repeat, n_q, e).

@@ -1,8 +1,8 @@
 """Gradients on a host: the launch of `backward`. Arrays are NumPy's; `workers` threads.
 
-Queries that read the same chunks add to the gradients of the same nodes. So groups go in parts that share no chunk; where
-there are fewer than PARTS of those, each is done in several, with gradients of their own that are added up, whatever the
-number of threads: the result does not depend on it.
+Queries that read the same chunks add to the gradients of the same nodes. So groups go in parts that share no chunk;
+where there are fewer than PARTS of those, each is done in several, with gradients of their own that are added up,
+whatever the number of threads: the result does not depend on it.
 """
 
 from typing import Any
@@ -40,8 +40,8 @@ def tier_backward(
     summaries: tuple[Array, ...],
     workers: int,
 ) -> Array:
-    """Gradient of the queries (T, n, d) of a part of the softmax; adds those of the tree's cells and summaries to `cells`
-    and `summaries`, laid out as they are.
+    """Gradient of the queries (T, n, d) of a part of the softmax; adds those of the tree's cells and summaries to
+    `cells` and `summaries`, laid out as they are.
 
     Arguments as of tree_attention; lse (T, n) of the whole softmax, infinite for a query that weighs nothing; dout
     (T, n, d_v) and delta (T, n): see `backward`.
@@ -79,8 +79,8 @@ def _apart(first: Array, count: Array) -> list[Array]:
 
 
 def key_gradients(tree: Tree, cells: Array, summaries: tuple[Array, ...], workers: int) -> tuple[Array, Array]:
-    """Gradients of the keys (chunks, size, d) and values (chunks, size, d_v) that a tree was built from, from those of its
-    cells and summaries, which are lost."""
+    """Gradients of the keys (chunks, size, d) and values (chunks, size, d_v) that a tree was built from, from those of
+    its cells and summaries, which are lost."""
     chunks, size, width = cells.shape
     dk, dv = np.empty((chunks, size, tree.dim), cells.dtype), np.empty((chunks, size, width - tree.dim), cells.dtype)
     together = max(1, KEYS // size)

@@ -255,8 +255,8 @@ def _products(rows: int) -> Any:
 
     @inlined
     def products(
-        a: Array, ai: Array, ao: int, first: int, count: int, x: Array, xi: int, xj: int, out: Array, oi: Array, oo: int,
-        oj: int, columns: int,
+        a: Array, ai: Array, ao: int, first: int, count: int, x: Array, xi: int, xj: int, out: Array, oi: Array,
+        oo: int, oj: int, columns: int,
     ) -> None:  # fmt: skip
         vector = VECTOR // x.itemsize
         j = 0
@@ -274,8 +274,8 @@ def _products(rows: int) -> Any:
     return products
 
 
-# out[oi[oo + r], oj + j] += sum over c below count of a[ai[ao + r], first + c] * x[xi + c, xj + j], for r below ROWS, or
-# for one r, and j below columns. ai and oi are whole numbers; the rows of out differ.
+# out[oi[oo + r], oj + j] += sum over c below count of a[ai[ao + r], first + c] * x[xi + c, xj + j], for r below ROWS,
+# or for one r, and j below columns. ai and oi are whole numbers; the rows of out differ.
 add_products, add_product = _products(ROWS), _products(1)
 
 

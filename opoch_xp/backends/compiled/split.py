@@ -127,8 +127,9 @@ def _split_nodes(
             for first in range(0, size, width):
                 part = order[first : first + width]
                 _split(
-                    x, kept, part, base, axes[level], stretch[node // each], iterations, sample, axis, projections, upper
-                )
+                    x, kept, part, base, axes[level], stretch[node // each], iterations, sample, axis, projections,
+                    upper,
+                )  # fmt: skip
 
 
 def principal_order(

@@ -125,10 +125,10 @@ def finite_rows(queries: Array) -> tuple[Array, Array | None]:
 class Launch:
     """Groups of queries that have something to read, and the trees that they read, as the kernels take them.
 
-    queries (N, d) of all tasks in turn, alive (N,) or empty: which are finite; seen (N,); index (groups, size), of which
-    held (groups,) are there; first and count (groups,) of each group's run; number (groups,) of each group among those of
-    all tasks. levels and counts: the addresses of the summaries and counts of each level, coarsest first. `kept_alive`
-    holds what lies there.
+    queries (N, d) of all tasks in turn, alive (N,) or empty: which are finite; seen (N,); index (groups, size), of
+    which held (groups,) are there; first and count (groups,) of each group's run; number (groups,) of each group among
+    those of all tasks. levels and counts: the addresses of the summaries and counts of each level, coarsest first.
+    `kept_alive` holds what lies there.
     """
 
     queries: Array
@@ -165,13 +165,13 @@ class Launch:
         index, held, first, count = (np.ascontiguousarray(x[number]) for x in (index, held, first, count))
         most = int(count.max(initial=0))
         thresholds = np.array([plan.threshold(chunks, method.rtol) for chunks in range(most + 1)], kind)
-        static = [np.array(figures[::-1]) for figures in (plan.nodes, plan.sizes, plan.forced)]
+        nodes, sizes, forced = (np.array(figures[::-1]) for figures in (plan.nodes, plan.sizes, plan.forced))
         levels, numbers = ([plain(a) for a in (arrays or ())[::-1]] for arrays in (tree.summaries, tree.counts))
-        addresses = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (levels, numbers))
+        level_at, count_at = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (levels, numbers))
         return cls(
             plain(queries).reshape(-1, dim), NONE_KEPT if finite is None else plain(finite).reshape(-1),
-            plain(seen).reshape(-1), index, held, first, count, number, *addresses, (*static, thresholds),
-            plain(tree.cells).reshape(-1, tree.cells.shape[2]),
+            plain(seen).reshape(-1), index, held, first, count, number, level_at, count_at,
+            (nodes, sizes, forced, thresholds), plain(tree.cells).reshape(-1, tree.cells.shape[2]),
             NONE_KEPT if tree.kept is None else plain(tree.kept).reshape(-1), (*levels, *numbers),
         )  # fmt: skip
 

@@ -13,9 +13,10 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import carray
 
 Array = Any
 
@@ -38,7 +39,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, made a part of every function that calls it: a call counts its arrays, which takes longer than a cell."""
+    """The same, made a part of every function that calls it: a call counts its arrays, which costs more than a cell."""
     return njit(inline="always", nogil=True, error_model="numpy", fastmath=FLAGS)(function)
 
 

@@ -37,8 +37,8 @@ def log_masses(
     """Log masses of the nodes node[:m] and of what they may hold, into `mass` and `may` (m, g); -inf for no key. The
     variances of their logits into spread (m, g), unless it is empty.
 
-    rows (nodes, 2 d + e); counts (nodes,), or empty: all have `size` keys. queries (d, g), scaled; squares (d, g): their
-    squares. top (g,) is raised to the largest mass.
+    rows (nodes, 2 d + e); counts (nodes,), or empty: all have `size` keys. queries (d, g), scaled; squares (d, g):
+    their squares. top (g,) is raised to the largest mass.
     """
     padded = -(-m // ROWS) * ROWS
     for i in range(m, padded):
@@ -89,8 +89,8 @@ def load_group(
     votes: Array, top: Array, total: Array, known: Array,
 ) -> int:  # fmt: skip
     """The queries of a group, index (count,) of queries (N, d), scaled: turned (d, g), lined (count, d); their squares;
-    votes (g,) bool, False for queries that are not finite and for padding; returns how many have one. The state of the softmax: nothing is taken
-    in, and what was read before, seen (N,), is known."""
+    votes (g,) bool, False for queries that are not finite and for padding; returns how many have one. The state of the
+    softmax: nothing is taken in, and what was read before, seen (N,), is known."""
     votes[:] = False
     top[:] = -np.inf
     total[:] = 0
@@ -208,8 +208,8 @@ def passing(may: Array, i: int, cut: Array, asks: Array, used: int) -> int:
 
 @compiled
 def listed_readers(cells: Array, reads: Array, f: int, count: int, wanted: int, asks: Array, used: int) -> int:
-    """The queries of group f, of `count`, that read a cell by the lists cells (groups, u) and reads (groups, g, u), into
-    asks[used:]; how many."""
+    """The queries of group f, of `count`, that read a cell by the lists cells (groups, u) and reads (groups, g, u),
+    into asks[used:]; how many."""
     place, asking = place_of(cells[f], wanted), 0
     for j in range(count):
         if reads[f, j, place]:

@@ -54,4 +54,5 @@ def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None, st
 @on_device
 def query_groups(queries: Array, axes: Any, method: Treecode, *, stretch: Array | None = None) -> Array:
     """See opoch_xp.backends.generic.tree.query_groups."""
-    return grouped_rows(*widened(queries), axes, method, stretch, principal_order)
+    (queries,) = widened(queries)
+    return grouped_rows(queries, axes, method, stretch, principal_order)

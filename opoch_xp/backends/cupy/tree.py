@@ -111,7 +111,8 @@ def tree_attention(
     widest = int(count.max(initial=0))
     threshold = np.asarray([plan.threshold(chunks, method.rtol) for chunks in range(widest + 1)])[count]
     read = xp.zeros((tasks * total, 3), dtype=queries.dtype)
-    work = Work(*contiguous(index, votes), xp.asarray(threshold, dtype=queries.dtype), read)
+    index, votes = contiguous(index, votes)
+    work = Work(index, votes, xp.asarray(threshold, dtype=queries.dtype), read)
     if widest:
         chunks = xp.asarray(first[:, None] + np.arange(widest))
         given = None if lists is None else Given.of(xp, lists, plan, xp.asarray(first)[:, None])

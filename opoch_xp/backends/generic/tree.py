@@ -34,9 +34,7 @@ def runs_of(xp: Any, x: Array | HostRows, index: Array, rows: int) -> Array:
     return rows_of(xp, xp.reshape(x, (-1, rows, *x.shape[2:])), index)
 
 
-def principal_order(
-    x: Array, axes: Any, iterations: int, kept: Array | None, stretch: Array | None = None
-) -> Array:
+def principal_order(x: Array, axes: Any, iterations: int, kept: Array | None, stretch: Array | None = None) -> Array:
     """Order (T, n) of the rows of x (T, n, d) after len(axes) levels of median splits; n a multiple of 2**len(axes).
 
     Each node is halved at the median projection on its principal axis, found by power iteration from axes[level].
@@ -241,7 +239,7 @@ def attend_runs(
     block of groups opens is appended to `found`.
     """
     xp = array_namespace(queries)
-    tasks, n, dim = queries.shape
+    tasks, n, _ = queries.shape
     here = device(queries)
     finite = finite_rows(queries)
     queries = xp.where(finite[..., None], queries, 0.0)
@@ -283,8 +281,8 @@ def rows_at_once(tree: Tree, chunks: int, method: Treecode) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Groups of queries and the runs of chunks that they read: q (F, g, d), seen (F, g) the log mass read before, voters
-    (F, g) bool, first and count (F,) of each run, the widest count."""
+    """Groups of queries and the runs of chunks that they read: q (F, g, d), seen (F, g) the log mass read before,
+    voters (F, g) bool, first and count (F,) of each run, the widest count."""
 
     q: Array
     seen: Array
@@ -300,10 +298,10 @@ class Level:
 
     number: of the level; node (F, m): their rows in the tree's summaries of the level; rows (F, m, 2 d + e): those
     summaries; count (F, 1, m): their keys, 0 for a candidate that is none; mass and sigma2 (F, g, m): log mass, and
-    variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys; opened (F, k): what is not, for
-    some query, as in `Lists`; nodes (F,): how many there are, bounded (F,): whether `most` left something closed.
+    variance of the logits. closed (F, g, m) bool: where a candidate stands for its keys; opened (F, k): what is not,
+    for some query, as in `Lists`; nodes (F,): how many there are, bounded (F,): whether `most` left something closed.
 
-    Of level 0 also, for the cells (F, u) that some query reads: cells, their rows; reads (F, g, u) bool, who reads what.
+    Of level 0 also, for the cells (F, u) that some query reads: cells, their rows; reads (F, g, u) bool, by whom.
     """
 
     number: int
@@ -349,8 +347,8 @@ class State:
 def attend_groups(
     group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array]
 ) -> tuple[Array, Array, Array, Lists]:
-    """out (F, g, e) and lse (F, g) of one softmax over what `walk` leaves closed and the keys that are read; read (F, 3)
-    as in `Part`; and what is opened."""
+    """out (F, g, e) and lse (F, g) of one softmax over what `walk` leaves closed and the keys that are read; read
+    (F, 3) as in `Part`; and what is opened."""
     q, xp = group.q, array_namespace(group.q)
     lead, here = q.shape[:2], {"dtype": q.dtype, "device": device(q)}
     width = tree.cells.shape[2] - tree.dim
@@ -379,7 +377,7 @@ def rows_read(group: Group, tree: Tree, levels: list[Level]) -> Array:
 def walk(
     group: Group, tree: Tree, method: Treecode, scale: float, lists: Lists | None, top: Callable[[Array, int], Array]
 ) -> Iterator[Level]:
-    """The levels of the trees from the coarsest on, for groups of queries: what of each is opened and what stays closed.
+    """The levels of the trees from the coarsest on, for groups of queries: what of each is opened, what stays closed.
 
     top: as in `attend_runs`.
     """

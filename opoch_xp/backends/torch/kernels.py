@@ -1,4 +1,4 @@
-"""The kernels of the plugin and their gradients: compiled for CPU tensors where they are wanted, plain PyTorch otherwise."""
+"""The plugin's kernels and their gradients: compiled for CPU tensors where they are wanted, plain PyTorch otherwise."""
 
 from opoch_xp.backends.compiled import wanted
 

@@ -1,5 +1,5 @@
-"""Gradients of a part of the treecode's softmax, in PyTorch: of its queries, of the tree that they read, and from that of
-the tree's keys. See opoch_xp.backends.torch.tree_gradients.
+"""Gradients of a part of the treecode's softmax, in PyTorch: of its queries, of the tree that they read, and from that
+of the tree's keys. See opoch_xp.backends.torch.tree_gradients.
 
 Letters: T tasks, F groups of a batch, g queries of each, m candidates, u cells that some query reads, d and e the
 widths of keys and values.
@@ -122,8 +122,8 @@ def _add(into: Tensor, number: Tensor, gradient: Tensor) -> None:
 
 
 def key_gradients(tree: Tree, found: TreeGradients) -> tuple[Tensor, Tensor]:
-    """Gradients of the keys (chunks, size, d) and values (chunks, size, e) that a tree was built from, from those of its
-    cells and summaries, which are lost."""
+    """Gradients of the keys (chunks, size, d) and values (chunks, size, e) that a tree was built from, from those of
+    its cells and summaries, which are lost."""
     dim = tree.dim
     chunks, size, width = tree.cells.shape
     together = max(1, CACHED // size) if tree.cells.device.type == "cpu" else chunks
