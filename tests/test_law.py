@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import Backend
 
+import opoch_xp as ox
 from opoch_xp import Treecode
 from opoch_xp.testing import assert_close, budget
 from opoch_xp.treecode import law
@@ -49,6 +50,17 @@ def test_its_slope_is_finite_where_keys_are_alike(count: int) -> None:
     slope = (log_gain(np.array(step), c) - log_gain(np.array(0.0), c)) / step
     assert slope == pytest.approx(c.gain * c.width / 2, abs=1e-6)
     assert np.isfinite(slope)
+
+
+def test_gradients_are_finite_where_keys_are_alike_and_nodes_hold_none_or_one(backend: Backend) -> None:
+    """Of the keys of a cell 16 are equal and kept, or one is, or none; most of the cells stay closed."""
+    rng = np.random.default_rng(0)
+    q, k, v = (np.repeat(rng.standard_normal((1, 16, 8)), 16, axis=1) for _ in range(3))
+    kept = np.repeat(np.arange(16) % 3 > 0, 16) | (np.arange(256) % 96 == 0)
+    keywords = {"method": METHOD, "key_mask": backend.array(kept), "backend": backend.name}
+    for gradient in backend.gradients(lambda *arrays: ox.attention(*arrays, **keywords).sum(), q, k, v):
+        assert np.isfinite(gradient).all()
+        assert gradient.any()
 
 
 def test_coefficients_of_numbers_and_of_arrays_are_the_same() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import array_api_strict as strict
 import numpy as np
@@ -236,6 +237,50 @@ def trees_without_large_nodes(
     return attend(queries, tree, first, count, groups, replace(method, least=0), **options)
 
 
+@twin("tree_attention")
+def trees_of_mean_fields(attend: Kernel, queries: Any, tree: Any, *given: Any, **options: Any) -> Any:
+    number = strict.arange(tree.summaries[0].shape[2], device=queries.device)
+    var = (number >= tree.dim) & (number < 2 * tree.dim)
+    return attend(
+        queries, replace(tree, summaries=tuple(strict.where(var, 0.0, x) for x in tree.summaries)), *given, **options
+    )
+
+
+@twin("tree_attention")
+def trees_that_hold_what_is_estimated(attend: Kernel, *given: Any, **options: Any) -> Any:
+    with patch("opoch_xp.backends.generic.tree.excess", lambda sigma2, count: 0.0 * sigma2):
+        return attend(*given, **options)
+
+
+@twin("tree_attention")
+def trees_with_thresholds_added_up(
+    attend: Kernel, queries: Any, tree: Any, first: Any, count: Any, groups: Any, method: Any, **options: Any
+) -> Any:
+    method = replace(method, rtol=method.rtol / (max(1, count.max()) * 2) ** 0.5)
+    return attend(queries, tree, first, count, groups, method, **options)
+
+
+@twin("tree_attention")
+def trees_without_a_bound(
+    attend: Kernel, queries: Any, tree: Any, first: Any, count: Any, groups: Any, method: Any, **options: Any
+) -> Any:
+    return attend(queries, tree, first, count, groups, replace(method, most=None), **options)
+
+
+@twin("tree_attention")
+def trees_of_the_head_s_scale(attend: Kernel, queries: Any, *given: Any, scale: float, **options: Any) -> Any:
+    return attend(queries, *given, scale=queries.shape[2] ** -0.5, **options)
+
+
+@twin("build_tree")
+def tree_of_half_the_variances(build: Kernel, *given: Any, **options: Any) -> Any:
+    tree = build(*given, **options)
+    number = strict.arange(tree.summaries[0].shape[2], device=tree.cells.device)
+    var = (number >= tree.dim) & (number < 2 * tree.dim)
+    parents = (strict.where(var, 0.5 * x, x) for x in tree.summaries[1:])
+    return replace(tree, summaries=(tree.summaries[0], *parents))
+
+
 @twin("query_groups")
 def groups_not_stretched(group: Kernel, *given: Any, stretch: Any = None) -> Any:
     return group(*given)
@@ -319,6 +364,15 @@ WRONG = [
     (trees_of_nothing_seen, "tree_attention: does not look at what was seen before"),
     (trees_of_group_reads, "tree_attention: every query reads all cells of its group"),
     (trees_without_large_nodes, "tree_attention: opens no large node for its size"),
+    (trees_of_mean_fields, "tree_attention: out is not the twin's"),
+    (trees_that_hold_what_is_estimated, "tree_attention: out is not the twin's"),
+    (
+        trees_with_thresholds_added_up,
+        "tree_attention: adds the threshold up over the nodes, not in quadrature",
+    ),
+    (trees_without_a_bound, "tree_attention: out is not the twin's"),
+    (trees_of_the_head_s_scale, "tree_attention: scale is that of the head, not the one given"),
+    (tree_of_half_the_variances, "build_tree: summaries[1] is not the twin's"),
     (groups_not_stretched, "query_groups: nodes are not halved at the median"),
     (tree_not_stretched, "build_tree: nodes are not halved at the median"),
     (tables_with_ties_reversed, "sort_tables: equal codes do not come by position"),
