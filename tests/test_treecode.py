@@ -230,6 +230,29 @@ def test_the_error_does_not_grow_with_the_length(backend: Backend, name: str) ->
     assert max(errors) < 0.15
 
 
+@pytest.mark.parametrize(("most", "bounded"), [(None, 0), (32, 0), (31, 1)])
+def test_a_bound_is_told_of_where_it_leaves_something_closed(backend: Backend, most: int | None, bounded: int) -> None:
+    """Of 32 cells, all of which are wanted."""
+    q, k, v = (backend.array(a) for a in qkv(17, 10, 128))
+    method = Treecode(rtol=0.0, sinks=0, block=32, fan=8, leaf=4, branch=4, top=8, group=8, most=most)
+    assert ox.attend(q, k, v, method=method, backend=backend.name, check=False).report.bounded == bounded
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cuts_do_not_depend_on_where_rows_lie(backend: Backend, masked: bool) -> None:
+    rows, axes = qkv(18, 64, lead=(2,))[0], np.random.default_rng(0).standard_normal((4, 8))
+    kept, found = np.random.default_rng(1).random((2, 64)) < 0.8, []
+    for offset in (0, 30):
+        x = backend.array(rows + offset)
+        mask = backend.array(kept) if masked else None
+        order = backend.numpy(backend.kernels.build_tree(x, x, axes, SMALL, mask=mask).order)
+        groups = backend.numpy(backend.kernels.query_groups(x, axes[:2], SMALL))
+        cells = np.where(np.take_along_axis(kept, order, 1) | (not masked), order, -1)
+        found.append([np.sort(a.reshape(2, -1, size), 2) for a, size in ((cells, 4), (groups, 16))])
+    for near, far in zip(*found, strict=True):
+        np.testing.assert_array_equal(far, near)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_error_in_low_precision_is_the_oracles(backend: Backend, causal: bool) -> None:
     errors = []
