@@ -85,7 +85,7 @@ class Treecode:
     Queries go in groups of `group` that are close in space, and a group opens what any of its queries wants: which
     nodes a query sees as one may depend on later queries of its chunk. `group=1` shares nothing: an output then never
     changes when later tokens do. `most` bounds the nodes a group opens of a level and the cells it reads, the heaviest
-    first; None: no bound, or 128 where shapes must be static (under jax.jit). `iterations` power iterations find each
+    first; None: no bound, or 128 where shapes must be static (JAX). `iterations` power iterations find each
     axis, from a direction drawn with `seed`; 0 keeps that direction.
 
     Cost: see docs/mathematics.md; on heads of a pretrained model some hundreds of rows a query beside its own block at

@@ -1,6 +1,7 @@
 """What JAX traces: compiled, differentiated and batched calls equal plain ones; what must be told where it can't be."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,22 @@ def test_every_way_equals_numpy(compiled: bool, backend: str | None, method: Any
         assert ours.dtype == theirs.dtype
         assert_close(np.asarray(ours), theirs, rounding(*host))
     assert "tree_attention" in kernels_for(jnp).native
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize(("rtol", "most"), [(1e-6, None), (1e-6, 5), (0.0, None)])
+def test_compiled_calls_are_bounded(rtol: float, most: int | None, backend: str | None) -> None:
+    """128 cells of 256 where the method has no bound, as NumPy is told that bound; all of them for rtol = 0."""
+    q, k, v = (np.random.default_rng(i).standard_normal((512, 4)) for i in range(3))
+    method = ox.Treecode(rtol=rtol, most=most, sinks=0, block=512, leaf=2, top=256, group=512)
+    found = jax.jit(lambda *a: ox.attention(*a, method=method, backend=backend))(*map(jnp.asarray, (q, k, v)))
+    exact = oracle.dense(q, k, v)[0]
+    if rtol == 0:
+        assert_close(np.asarray(found), exact, rounding(q, k, v))
+        return
+    bounded = ox.attend(q, k, v, method=replace(method, most=most or 128), backend="generic", check=False)
+    assert_close(np.asarray(found), bounded.out, rounding(q, k, v))
+    assert relative_error(bounded.out, exact) > 1e-4  # the bound leaves something closed
 
 
 @pytest.mark.parametrize("masked", [False, True])

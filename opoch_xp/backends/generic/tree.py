@@ -5,12 +5,13 @@ rows a group, m nodes, d and e the widths of keys and values.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from opoch_xp.graphs import traced
 from opoch_xp.methods import Treecode
 from opoch_xp.treecode.law import excess, log_mass
 from opoch_xp.treecode.plan import group_count, group_rows, level_plan, splits
@@ -19,6 +20,8 @@ from opoch_xp.treecode.tree import HostRows, Lists, Part, Tree
 Array = Any
 ELEMENTS = 2**22  # rows gathered and logits held at a time: 16 MB each in float32
 GUESS = 64  # nodes of a level that a group opens, about, where nothing bounds them
+MOST = 128  # nodes of a level, and cells, that a group opens where shapes must be static and the method has no bound
+ALL = 2**62  # more than there are
 
 
 def rows_of(xp: Any, x: Array, index: Array) -> Array:
@@ -138,8 +141,10 @@ def tree_attention(
     gives them, numbers of n and more being padding. seen (T, n): the log of the mass that each query has read of other
     keys, -inf for none: what it may leave unread is judged by all it knows of. `lists`, if given, say what each group
     opens (groups of all tasks in turn); seen is then not looked at.
-    A non-finite query spoils its own row and opens nothing for its group.
+    A non-finite query spoils its own row and opens nothing for its group. Traced by JAX, it has `static_bound`.
     """
+    if traced(queries, seen, *tree.summaries):
+        method = static_bound(method)
     return attend_runs(queries, tree, (first, count, most_chunks(count)), groups, method, scale, seen, lists)
 
 
@@ -159,6 +164,13 @@ def tree_lists(
     runs = (first, count, most_chunks(count))
     attend_runs(queries, tree, runs, groups, method, scale, seen, None, _at_once, found=found)
     return found[0]
+
+
+def static_bound(method: Treecode) -> Treecode:
+    """The method with a bound where shapes must not depend on the numbers: its own, MOST, or none for rtol = 0."""
+    if method.most is not None:
+        return method
+    return replace(method, most=MOST if method.rtol else ALL)
 
 
 def most_chunks(count: np.ndarray) -> int:
@@ -398,7 +410,7 @@ def walk(
         wants, heaviest = share > threshold, xp.max(share, axis=1)
         wanted = xp.any(wants, axis=1)
         if plan.forced[number]:
-            wanted = wanted | (full & (_rank(xp, heaviest) < plan.forced[number]))
+            wanted = wanted | (full & _among_largest(xp, heaviest, plan.forced[number], top))
         if lists is not None:
             given = lists.opened[plan.depth - number] if number else lists.cells
             wanted = xp.any(candidates[..., None] == given[:, None, :], axis=2) & there
@@ -472,9 +484,17 @@ def _log_sum(xp: Any, known: Array, mass: Array) -> Array:
     return xp.where(top == -xp.inf, -xp.inf, shift + xp.log(xp.where(total > 0, total, 1.0)))
 
 
-def _rank(xp: Any, x: Array) -> Array:
-    """The place of each entry along the last axis, the largest being first, ties to the lower place."""
-    return xp.argsort(xp.argsort(-x, axis=-1, stable=True), axis=-1)
+def _among_largest(xp: Any, x: Array, count: int, top: Callable[[Array, int], Array]) -> Array:
+    """Which entries of x (F, m) are among the `count` largest of their row, ties to the lower place.
+
+    top may give those in any order, and any of equals: its least value tells them.
+    """
+    if count >= x.shape[1]:
+        return xp.ones(x.shape, dtype=xp.bool, device=device(x))
+    least = xp.min(xp.take_along_axis(x, top(x, count), axis=1), axis=1, keepdims=True)
+    above, equal = x > least, x == least
+    room = count - xp.sum(xp.astype(above, xp.int64), axis=1, keepdims=True)
+    return above | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int64), axis=1) <= room))
 
 
 def _picked(
@@ -490,5 +510,5 @@ def _picked(
     heavy = xp.where(wanted, heaviest, -xp.inf)
     pick = top(heavy, width)
     if most is not None:
-        wanted = wanted & (_rank(xp, heavy) < width)
+        wanted = wanted & _among_largest(xp, heavy, width, top)
     return pick, wanted, count > width

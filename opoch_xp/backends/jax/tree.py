@@ -1,25 +1,21 @@
 """The treecode's kernels in JAX: the generic twins, compiled, their groups gone through by JAX's loop.
 
-Shapes are static: a group opens at most `most` nodes of a level and reads at most as many cells, MOST where the method
-has no bound of its own, and all of them for rtol = 0.
+Shapes are static, under jax.jit or not: a group opens at most `most` nodes of a level and reads at most as many cells;
+generic.tree.MOST where the method has no bound of its own, and all of them for rtol = 0.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from opoch_xp.backends import generic
-from opoch_xp.backends.generic.tree import attend_runs, most_chunks
+from opoch_xp.backends.generic.tree import attend_runs, most_chunks, static_bound
 from opoch_xp.backends.jax.loops import compiled, in_blocks, largest
 from opoch_xp.methods import Treecode
 from opoch_xp.treecode.tree import Lists, Part, Tree
 
 Array = Any
-
-MOST = 128  # nodes of a level and cells
-ALL = 2**62  # more than there are
 
 jax.tree_util.register_dataclass(Tree, ("cells", "order", "summaries", "counts", "kept"), ("sizes", "dim"))
 jax.tree_util.register_dataclass(Lists, ("opened", "cells", "reads"), ())
@@ -43,9 +39,7 @@ def tree_attention(
 ) -> Part:
     """See opoch_xp.backends.generic.tree.tree_attention."""
     chunks = 1 << (most_chunks(count) - 1).bit_length()  # few shapes: a cache that grows is compiled for few of them
-    if method.most is None:
-        method = replace(method, most=MOST if method.rtol else ALL)
-    return _attend(queries, tree, first, count, groups, scale, seen, lists, method=method, chunks=chunks)
+    return _attend(queries, tree, first, count, groups, scale, seen, lists, method=static_bound(method), chunks=chunks)
 
 
 @compiled("method", "chunks")
