@@ -1,4 +1,4 @@
-"""The picture that docs/results.md opens with, from the figures in benchmarks/results: `python benchmarks/pictures.py`."""
+"""The picture that docs/results.md opens with, from the figures in benchmarks/results."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def rows(tokens: int) -> list[Row]:
 
 
 def points(found: list[Row], begins: str, column: str) -> Iterator[tuple[float, float, str]]:
-    """(attention's time as a share of SDPA's, the largest of `column` over the texts, name) of each method of a line."""
+    """Attention's time as a share of SDPA's, the largest of `column` over the texts, and the name, of each method."""
     time = "times faster than SDPA"
     for name in dict.fromkeys(row["method"] for row in found if row["method"].startswith(begins)):
         same = [row for row in found if row["method"] == name]
