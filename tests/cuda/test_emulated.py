@@ -468,13 +468,16 @@ def test_a_whole_index(metric: str, whole_plugin: None) -> None:
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
 @each_method
 def test_whole_calls(method: Any, whole_plugin: None) -> None:
-    """attention through all of the plugin's kernels errs as much as through the generic ones."""
-    q, k, v = workloads.make("scattered", 300, heads=2, dim=16)
+    """attention through all of the plugin's kernels errs as much as through the generic ones, but for chance: axes come
+    from a sample of the rows, and another cut of the trees moves the error of one head by a third."""
+    q, k, v = workloads.make("scattered", 300, heads=8, dim=16)
     exact = ox.attention(q, k, v, causal=True, method=ox.Exact(), backend="generic")
     theirs = ox.attention(q, k, v, causal=True, method=method, backend="generic")
     ours = ox.attention(q, k, v, causal=True, method=method)
-    error, right = (np.linalg.norm(x - exact) for x in (ours, theirs))
-    assert error <= 1.05 * right + 1e-5 * np.linalg.norm(exact)
+    size = np.linalg.norm(exact, axis=(1, 2))
+    error, right = (np.linalg.norm(x - exact, axis=(1, 2)) / size for x in (ours, theirs))
+    chance = 3 * np.std(error - right, ddof=1) / len(error) ** 0.5
+    assert error.mean() <= 1.05 * right.mean() + chance + 1e-5
 
 
 @pytest.mark.skipif(RACES, reason="the smallest sizes only")
