@@ -135,7 +135,9 @@ def test_tune_meets_any_tolerance_and_keeps_what_it_tried(backend: Backend, tol:
 
 def test_a_larger_tolerance_opens_less(backend: Backend) -> None:
     q, k, v = clustered(5, 3000)
-    found = [ox.tune(*arrays(backend, q, k, v), tol=tol, rows=64, backend=backend.name)[0] for tol in (0.01, 0.02, 0.04)]
+    found = [
+        ox.tune(*arrays(backend, q, k, v), tol=tol, rows=64, backend=backend.name)[0] for tol in (0.01, 0.02, 0.04)
+    ]
     rtol = [method.rtol for method in found if isinstance(method, Treecode)]
     assert len(rtol) == 3
     assert rtol == sorted(rtol)
