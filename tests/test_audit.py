@@ -12,7 +12,7 @@ import opoch_xp as ox
 from opoch_xp import Exact, Treecode
 from opoch_xp.arguments import prepare
 from opoch_xp.attention import WARN_ABOVE
-from opoch_xp.cost import Cost, expected_rows, predicted
+from opoch_xp.cost import COMPILED, Cost, expected_rows, predicted
 from opoch_xp.solve import choose
 from opoch_xp.testing import clustered, qkv, relative_error, rounding
 from opoch_xp.tune import AUDITS
@@ -133,6 +133,13 @@ def test_tune_meets_any_tolerance_and_keeps_what_it_tried(backend: Backend, tol:
         assert method.rtol == max(rung.method.rtol for rung in audit.ladder if rung.passed)
 
 
+@pytest.fixture
+def cheap(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows read cost what compiled kernels make them cost: a treecode pays at some thousands of keys."""
+    monkeypatch.setattr(backend.kernels, "COST", COMPILED)
+
+
+@pytest.mark.usefixtures("cheap")
 def test_a_larger_tolerance_opens_less(backend: Backend) -> None:
     q, k, v = clustered(5, 3000)
     found = [
@@ -150,6 +157,7 @@ def test_tune_passes_over_what_is_dearer_than_exact(backend: Backend) -> None:
     assert method == Exact()
 
 
+@pytest.mark.usefixtures("cheap")
 def test_tune_on_flat_heads_gives_what_meets_tol(backend: Backend) -> None:
     method, audit = ox.tune(*arrays(backend, *flat(4000)), tol=0.02, rows=64, backend=backend.name)
     assert audit.worst <= 0.02
@@ -158,6 +166,7 @@ def test_tune_on_flat_heads_gives_what_meets_tol(backend: Backend) -> None:
     assert isinstance(audit.ladder[0].method, Treecode)
 
 
+@pytest.mark.usefixtures("cheap")
 def test_long_inputs_are_tried_on_their_last_queries(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = clustered(7, 3000)
     module = __import__("sys").modules["opoch_xp.tune"]
@@ -168,6 +177,7 @@ def test_long_inputs_are_tried_on_their_last_queries(backend: Backend, monkeypat
     assert method in {rung.method for rung in audit.ladder[:-1]}
 
 
+@pytest.mark.usefixtures("cheap")
 def test_what_passes_on_the_last_queries_alone_is_made_finer(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = clustered(7, 3000)
     q[:2700] *= 0.2  # flatter than the queries that are tried

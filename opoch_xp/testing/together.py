@@ -35,7 +35,7 @@ def together_checks(kernels: Any, library: Library, dtypes: tuple[str, ...]) -> 
         for causal in (False, True):
             for dtype in dtypes:
                 name = f"{type(method).__name__}{', causal' if causal else ''}"
-                sentence = f"errs and reads at most {MORE} and {MORE_ROWS} times as much as the generic twins do, but for chance"
+                sentence = f"errs and reads at most {MORE} and {MORE_ROWS} times what the twins do, but for chance"
                 yield Check("all together", name, dtype, sentence, _fault(kernels, library, method, causal, dtype))
 
 
