@@ -47,6 +47,13 @@ class Memory:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._read = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
+        if self.mapped:
+            raise ValueError(
+                f"a cache whose keys lie in files of {self.offload} is not copied into memory: save and load"
+            )
+        return Memory(self.xp, self.where, self.on_host, self.offload)
+
     @property
     def mapped(self) -> bool:
         return self.offload not in (None, HOST)
