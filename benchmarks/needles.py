@@ -5,7 +5,7 @@ from common import Table, audited, timed_attend, torch_exact
 import opoch_xp as ox
 from opoch_xp import workloads
 from opoch_xp.cli.tables import method_name
-from opoch_xp.tune import ladder
+from opoch_xp.tune import many_tables
 
 N = 65_536
 TOL = 0.1
@@ -16,8 +16,8 @@ def main() -> None:
     yardstick = torch_exact(q, k, v, True, repeats=3)
     title = f"Needles, {N:,} tokens causal, cosine .9; PyTorch exact {yardstick}"
     table = Table("needles", title, ["method", "time (s)", "error", "p99", "missed mass", "pairs"])
-    more = (ox.LSH(bits=16, tables=8), ox.LSH(bits=8, tables=64))
-    for method in (ox.Exact(), *ladder(N), *more):
+    trees = [ox.Treecode(rtol=rtol) for rtol in (0.2, 0.05, 0.01)]
+    for method in (ox.Exact(), *trees, many_tables(N), ox.LSH(bits=16, tables=8), ox.LSH(bits=8, tables=64)):
         seconds, result = timed_attend((q, k, v), True, method, 1)
         found = audited(q, k, v, True, result)
         table.add(method, seconds, float(found.error[0]), found.per_query.p99, found.missed, result.report.pairs)

@@ -19,8 +19,8 @@ from opoch_xp import workloads
 from opoch_xp.measure import timed
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
-FINER = tuple(ox.Treecode(rtol=rtol) for rtol in (0.01, 0.002, 0.0005))
-LONG = (ox.Treecode(rtol=0.2), ox.Treecode(rtol=0.1), ox.Treecode())
+FINER = tuple(ox.Treecode(rtol=rtol) for rtol in (0.002, 0.001))
+LONG = (ox.Treecode(rtol=0.5), ox.Treecode(rtol=0.3, branch=4, group=32))
 ROUNDS = 3
 MILLION = 1_048_576
 SIZES = ["workload", "tokens", "heads", "causal", "pass", "method"]

@@ -12,8 +12,8 @@ from opoch_xp import workloads
 from opoch_xp.backends.numpy import thread_count
 
 SHORT, LONG = 65_536, 1_000_000
-SHORT_METHODS = (ox.Exact(), ox.Treecode(), *(ox.Treecode(rtol=rtol) for rtol in (0.01, 0.002, 0.0005)))
-LONG_METHODS = (ox.Treecode(rtol=0.2), ox.Treecode(rtol=0.1), ox.Treecode(), ox.Treecode(rtol=0.02))
+SHORT_METHODS = (ox.Exact(), ox.Treecode(), ox.Treecode(rtol=0.002), ox.Treecode(rtol=0.001))
+LONG_METHODS = (ox.Treecode(rtol=0.5), ox.Treecode(rtol=0.3, branch=4, group=32), ox.Treecode())
 ROUNDS = 5
 
 
