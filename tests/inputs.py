@@ -35,7 +35,6 @@ class Call:
             found.append((index, self.q[index], self.k[key], self.v[key], kept))
         return found
 
-
     def balance(self, index: tuple[int, ...], method: Treecode) -> np.ndarray:
         """w (d,) of the key head that a query head reads."""
         if not index:

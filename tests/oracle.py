@@ -132,8 +132,8 @@ def trees(k: np.ndarray, v: np.ndarray, kept: np.ndarray, orders: list[np.ndarra
 
 
 def log_mass(q: np.ndarray, node: Level, among: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """The law of few keys, (r, m): the expected log of what the keys of each node hold of each query, and three standard
-    deviations more than that, less where the keys are alike; -inf for no key."""
+    """The law of few keys, (r, m): the expected log of what the keys of each node hold of each query, and three
+    standard deviations more than that, less where the keys are alike; -inf for no key."""
     count = np.maximum(node.count[among], 1)
     log, sigma2 = np.log(count), scale**2 * (q * q) @ node.var[among].T
     gain = log * (0.92 + 0.067 * log) * (np.sqrt(1 + sigma2 / (1 + 0.26 * log) ** 2) - 1)
@@ -218,8 +218,8 @@ def treecode(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, method: Treecode, axes: Axes, *, causal: bool = False,
     scale: float | None = None, kept: np.ndarray | None = None, w: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:  # fmt: skip
-    """out (n_q, e), lse (n_q,) and the rows read by each query (n_q,), by part; w (d,) is the balance of the key head, by
-    default that of this query head alone."""
+    """out (n_q, e), lse (n_q,) and the rows read by each query (n_q,), by part; w (d,) is the balance of the key head,
+    by default that of this query head alone."""
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
     n_q, n_k, scale = len(q), len(k), q.shape[1] ** -0.5 if scale is None else scale
     kept = np.ones(n_k, bool) if kept is None else kept

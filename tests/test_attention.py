@@ -13,7 +13,7 @@ from inputs import level
 import opoch_xp as ox
 from opoch_xp import Exact, Treecode
 from opoch_xp.backends import library
-from opoch_xp.testing import MANY, assert_close, qkv, rounding
+from opoch_xp.testing import assert_close, qkv, rounding
 
 SMALL = Treecode(rtol=0.2, sinks=3, block=32, fan=4, leaf=4, branch=4, top=4, group=8, least=2)
 FULL = Treecode(rtol=0.0, sinks=3, block=32, fan=4, leaf=4, branch=4, top=4, group=8, least=2)

@@ -249,7 +249,11 @@ def test_sequences_have_balances_of_their_own(backend: Backend) -> None:
     later.attend(q[:, :, :9])  # news of one of two of a length
     later.prefill(*(x[:, :, 9:] for x in (q, k, v)))
     same(later.attend(q[:, :, -20:]), expected[0], "told one after the other")
-    same(tuple(x[::-1] for x in found), tuple(np.stack([a[0], b[1]]) for a, b in zip(*expected, strict=True)), "reordered")
+    same(
+        tuple(x[::-1] for x in found),
+        tuple(np.stack([a[0], b[1]]) for a, b in zip(*expected, strict=True)),
+        "reordered",
+    )
 
 
 @pytest.mark.parametrize("sinks", [1, 3, 16, 20, 70])
@@ -292,7 +296,9 @@ def test_sinks_stay_the_first_tokens(backend: Backend, name: str) -> None:
     caches.prefill(*new)
     found = caches.attend(new[0])
     for b, (one, n) in enumerate(zip(order, lengths, strict=True)):
-        joined = [np.concatenate([x[one : one + 1, :, :n], y[b : b + 1]], axis=2) for x, y in zip((q, k, v), new, strict=True)]
+        joined = [
+            np.concatenate([x[one : one + 1, :, :n], y[b : b + 1]], axis=2) for x, y in zip((q, k, v), new, strict=True)
+        ]
         expected = tuple(x[:, :, -70:] for x in whole(backend, METHODS[name], *joined))
         same(tuple(x[b : b + 1] for x in found), expected, f"beam {b}")
 

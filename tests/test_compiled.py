@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("numba")
 
 import opoch_xp as ox
-from opoch_xp.backends import compiled, generic
 from opoch_xp import workloads
+from opoch_xp.backends import compiled, generic
 from opoch_xp.backends.compiled import attend, exact, masses, products, split, tree, vector, walk
 from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.generic.tree import tree_lists

@@ -24,7 +24,7 @@ WHERE = "cuda" if GPU else "cpu"
 def inputs(
     groups: int, g: int, dim: int, width: int, leaf: int, nodes: int, cells: int, dtype: Any, masked: bool
 ) -> dict[str, Any]:
-    """Random lists over `nodes` nodes, the first of them `cells` cells: some entries are absent, some cells nobody's."""
+    """Random lists over `nodes` nodes, the first of them `cells` cells: some entries are absent, cells nobody's."""
     generator = torch.Generator().manual_seed(groups * g + dim)
 
     def normal(*shape: int) -> Any:
