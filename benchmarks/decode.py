@@ -30,10 +30,9 @@ REST = 0.2  # seconds before a method's steps: after a product, threads of BLAS 
 PIECE = 65_536  # tokens appended at a time
 MAPPED = 4_000_000  # tokens of the cache in files
 METHODS = (
+    ox.Treecode(group=8, rtol=0.3, branch=4),
     ox.Treecode(group=8, rtol=0.2),
-    ox.Treecode(group=8, rtol=0.1),
     ox.Treecode(group=8),
-    ox.Treecode(),
 )
 
 
