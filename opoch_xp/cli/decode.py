@@ -32,7 +32,7 @@ SPACING = 8
 WARM = 4097  # tokens appended, and one query, before the clock starts: two blocks are split, one token is left
 REST = 0.03  # seconds after a product: for so long threads of BLAS may spin, on cores that the next step is to use
 PRODUCT = "Exact, BLAS"
-DECODING = Treecode(group=8, rtol=0.2)  # the query heads of a key head make one group
+DECODING = Treecode(group=8, rtol=0.3, branch=4)  # the query heads of a key head make one group
 
 
 @dataclass(frozen=True)
