@@ -37,6 +37,8 @@ def files(*names: str) -> list[str]:
 
 # What compiled kernels compute, and what stands in for them where Numba is not installed.
 TREES = files("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
+# What takes arrays of a caller's.
+ARRAYS = files("attention", "audit", "buckets", "cache", "exact", "explain", "hashing", "index", "treecode")
 # What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite,
 # and a process for each file: XLA's compiler dies after some thousands of programs in one.
 JAX = files("exact", "hashing", "jax", "treecode")
@@ -64,7 +66,7 @@ backend("compiled", "test-compiled", "What Numba compiles, through the NumPy plu
 backend(
     "strict", "test", "The generic kernels under array-api-strict, its strictest flags.", (["--backend", "strict"], {})
 )
-backend("readonly", "test", "NumPy arrays that may not be written.", (["--backend", "readonly"], {}))
+backend("readonly", "test", "NumPy arrays that may not be written.", (["--backend", "readonly", *ARRAYS], {}))
 backend(
     "torch", "test-torch", "The PyTorch plugin on a CPU, compiled, and plain where that differs.",
     (TORCH, {}), ([*TORCH, *TREES], PLAIN),
