@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pictures
-
 ROOT = Path(__file__).parent
 ORDER = (
     "pretrained-8192", "pretrained-32768", "speed", "decode", "append", "offload", "pytorch", "xla", "cupy", "heads",
@@ -45,7 +43,6 @@ def main() -> None:
         lines += [f"| {' | '.join(shown(cell) for cell in row)} |" for row in table["rows"]]
         parts.append("\n".join(lines) + "\n")
     (ROOT.parent / "docs" / "results.md").write_text("\n".join(parts))
-    pictures.draw()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""The figures of docs/mathematics.md, computed by the library and drawn to docs/images: `python docs/figures.py`.
+"""The figures of the pages, computed by the library and drawn to docs/images: `python docs/figures.py`.
 
-Nothing in them is drawn by hand: each function below computes what it plots. The letters are text, in the colour of
-the page (`currentColor`); read by themselves, the files follow the reader's light or dark setting.
+Nothing in them is drawn by hand: each function below computes what it plots, or reads what a benchmark measured. The
+letters are text, in the colour of the page (`currentColor`); read by themselves, the files follow the reader's light or
+dark setting.
 """
 
 import io
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import log
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -27,6 +30,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Polygon, Rectangle
 
 IMAGES = Path(__file__).with_name("images")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # legible on white and on dark grey
 BLUE, SKY, ORANGE, GREEN, PURPLE, GREY = "#2f83b0", "#7fb8d8", "#d9702e", "#5c9a3f", "#9a66b8", "#8a939b"
 LETTERS = "#010203"  # stands for the colour of the text
@@ -231,9 +235,58 @@ def heaviest(logits: np.ndarray, v: np.ndarray, keep: int) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)) @ v
 
 
+# How the names of the methods of a line begin, what it is called, its colour and its mark.
+METHODS = (
+    ("Treecode", "Treecode, by rtol", BLUE, "o-"),
+    ("window", "window, by size", GREY, "s--"),
+    ("16 first", "16 first keys and a window, by size", GREEN, "^--"),
+    ("LSH", "LSH", ORANGE, "D"),
+)
+FLOOR = 1e-4  # of losses and divergences: below it both are noise
+
+
+def pretrained() -> Any:
+    """Loss added and divergence against the time of attention: of each method the worst of the texts."""
+    paths = [path for tokens in (8192, 32768) if (path := RESULTS / f"pretrained-{tokens}.json").exists()]
+    panels = (
+        ("loss added (nats)", "loss added, nats a token"),
+        ("KL to exact", "KL divergence from exact, nats a token"),
+    )
+    size = (10, 3.6 * len(paths) + 0.6)
+    figure, grid = pyplot.subplots(len(paths), 2, figsize=size, layout="constrained", squeeze=False)
+    for path, pair in zip(paths, grid, strict=True):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        for axes, (column, label) in zip(pair, panels, strict=True):
+            for begins, name, colour, mark in METHODS:
+                line = sorted(settings(rows, begins, column))
+                axes.plot(
+                    [x for x, _, _ in line], [y for _, y, _ in line], mark, color=colour, label=name, markersize=5
+                )
+                for x, y, method in line:
+                    if method == "Treecode()":
+                        axes.annotate("default", (x, y), (6, 4), textcoords="offset points", fontsize=9, color=colour)
+            axes.axvline(1, color="#c04a4a", linewidth=1, label="exact attention, SDPA")
+            axes.set(xscale="log", yscale="log", ylim=(FLOOR / 1.3, None), ylabel=label)
+            axes.set(title=f"{int(path.stem[11:]):,} tokens", xlabel="time of attention, of exact attention's")
+            axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["1/20", "1/10", "1/5", "1/2", "1", "2"])
+            axes.minorticks_off()
+            axes.grid(True)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def settings(rows: list[dict[str, Any]], begins: str, column: str) -> Iterator[tuple[float, float, str]]:
+    """Attention's time as a share of SDPA's, the largest of `column` over the texts, and the name, of each method."""
+    for name in dict.fromkeys(row["method"] for row in rows if row["method"].startswith(begins)):
+        same = [row for row in rows if row["method"] == name]
+        share = mean(1 / row["times faster than SDPA"] for row in same)
+        yield share, max(FLOOR, *(row[column] for row in same)), name
+
+
 FIGURES: dict[str, Callable[[], Any]] = {
     "collisions": collisions, "cells": cells, "forest": forest, "pairs": pairs, "masses": masses,
-    "selection": selection,
+    "selection": selection, "pretrained": pretrained,
 }  # fmt: skip
 
 

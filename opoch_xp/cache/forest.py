@@ -27,7 +27,16 @@ from opoch_xp.cache.memory import Memory
 from opoch_xp.cache.trees import Trees, chunk_size
 from opoch_xp.methods import Treecode
 from opoch_xp.problem import Problem, Solution
-from opoch_xp.treecode.forest import Sinks, attend_local, attend_tier, key_axes, local_rows, tier_runs, tiers
+from opoch_xp.treecode.forest import (
+    Sinks,
+    attend_local,
+    attend_tier,
+    key_axes,
+    local_rows,
+    rows_of_parts,
+    tier_runs,
+    tiers,
+)
 from opoch_xp.treecode.tree import Tree
 
 Array = Any
@@ -313,13 +322,12 @@ class Forest:
             for runs in tier_runs(q.shape, n, method, tier, chunk, balance, together=True):
                 state, spent = attend_tier(problem, method, tree, runs, runs.groups(problem, method), state)
                 read = spent if read is None else read + spent
-        queries = max(1, q.shape[0] * repeat * n_q)
-        nodes, keys, bounded = (0.0, 0.0, 0.0) if read is None else (read[i] / queries for i in range(3))
-        if self.memory.mapped:
-            rows = float(keys) + (2 * float(nodes) if self.finest else 0)  # a summary is wider than a row
-            self.memory.read(int(rows) * queries * self._row_bytes)
         local, sinks = local_rows(n_q, n, causal, method), float(np.mean(self._sinks_seen(n, n_q, causal)))
-        return Solution(*state, {"local": local, "sinks": sinks, "nodes": nodes, "keys": keys}, bounded)
+        rows, bounded = rows_of_parts(q, local, sinks, read)
+        if self.memory.mapped:
+            each = float(rows["keys"]) + (2 * float(rows["nodes"]) if self.finest else 0)  # a summary is wider
+            self.memory.read(int(each) * q.shape[0] * repeat * n_q * self._row_bytes)
+        return Solution(*state, rows, bounded)
 
     def _exactly(
         self, sequences: np.ndarray, q: Array, causal: bool, scale: float

@@ -24,7 +24,7 @@ from opoch_xp.workloads import HEADS_LIMIT
 Array = Any
 Begin = Callable[[str], None]
 
-TREECODE = Treecode(block=512, group=1, rtol=0.3)  # reads about as many rows as the window at 8,192
+TREECODE = Treecode(block=512, group=1, rtol=0.3)  # reads fewer rows than the window at 8,192
 EXACT = (tables.method_name(Exact()), PRODUCT)
 SHOWN = 200  # bytes of the text that are shown before what was written
 

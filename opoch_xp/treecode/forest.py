@@ -111,14 +111,15 @@ def attend_treecode(problem: Problem, method: Treecode, watch: Watch | None = No
                 watch(tier, tree, runs, groups, state)
             state, spent = attend_tier(problem, method, tree, runs, groups, state)
             read = spent if read is None else read + spent
-    return Solution(*state, *rows_of_parts(problem, method, seen, read))
+    local = local_rows(n_q, n_k, problem.causal, method)
+    return Solution(*state, *rows_of_parts(problem.q, local, seen, read))
 
 
-def rows_of_parts(problem: Problem, method: Treecode, sinks: Any, read: Array | None) -> tuple[dict[str, Any], Any]:
-    """Rows that a query reads by part, mean over all queries, and the share of them whose group met a bound."""
-    queries = max(1, problem.q.shape[0] * problem.q.shape[1] * problem.n_q)
+def rows_of_parts(q: Array, local: float, sinks: Any, read: Array | None) -> tuple[dict[str, Any], Any]:
+    """Rows that one of the queries (batch, repeat, n_q, d) reads by part, mean, and the share of them whose group met a
+    bound; read (3,): of all of them, as in `Part`, None where there was no tree."""
+    queries = max(1, q.shape[0] * q.shape[1] * q.shape[2])
     nodes, keys, bounded = (0.0, 0.0, 0.0) if read is None else (read[i] / queries for i in range(3))
-    local = local_rows(problem.n_q, problem.n_k, problem.causal, method)
     return {"local": local, "sinks": sinks, "nodes": nodes, "keys": keys}, bounded
 
 

@@ -19,7 +19,6 @@ from opoch_xp.backends.compiled import masses
 from opoch_xp.backends.compiled.products import ROWS, add_product, add_products, dots, mix, turn
 from opoch_xp.backends.compiled.vector import HIGHEST, VECTOR, array_at, compiled, exponential
 from opoch_xp.backends.compiled.walk import (
-    NEGLIGIBLE,
     READERS,
     askers,
     decide,
@@ -29,6 +28,7 @@ from opoch_xp.backends.compiled.walk import (
     left,
     load_group,
     log_masses,
+    negligible,
     open_nodes,
 )
 
@@ -278,7 +278,7 @@ def groups_backward(
 @compiled
 def live_rows(spread: Array, m: int, opened: Array, heavy: Array) -> None:
     """Brings the rows of `spread` to the front that `left` brings there."""
-    live, least = 0, NEGLIGIBLE if spread.itemsize == 4 else NEGLIGIBLE * NEGLIGIBLE
+    live, least = 0, negligible(spread)
     for i in range(m):
         if not opened[i] and heavy[i] >= least:
             if live < i:

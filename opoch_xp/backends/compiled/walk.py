@@ -181,10 +181,16 @@ def open_nodes(number: Array, opened: Array, m: int, children: int, below: Array
 
 
 @inlined
+def negligible(mass: Array) -> float:
+    """The weight below which a row of `mass` is left out, in its dtype."""
+    return NEGLIGIBLE if mass.itemsize == 4 else NEGLIGIBLE * NEGLIGIBLE
+
+
+@inlined
 def left(mass: Array, m: int, opened: Array, heavy: Array, node: Array, total: Array) -> int:
     """Brings the rows of `mass`, and their nodes, that are not opened and hold something to the front; how many. Adds
     their weights to total (g,)."""
-    live, least = 0, NEGLIGIBLE if mass.itemsize == 4 else NEGLIGIBLE * NEGLIGIBLE
+    live, least = 0, negligible(mass)
     for i in range(m):
         if not opened[i] and heavy[i] >= least:
             masses.keep(mass, i, live, total)
