@@ -13,7 +13,7 @@ from opoch_xp.backends.numpy import thread_count
 
 SHORT, LONG = 65_536, 1_000_000
 SHORT_METHODS = (ox.Exact(), ox.Treecode(), ox.Treecode(rtol=0.002), ox.Treecode(rtol=0.001))
-LONG_METHODS = (ox.Treecode(rtol=0.5), ox.Treecode(rtol=0.3, branch=4, group=32), ox.Treecode())
+LONG_METHODS = (ox.Treecode(rtol=0.5), ox.Treecode(rtol=0.28, branch=4, group=32), ox.Treecode())
 ROUNDS = 5
 
 

@@ -7,9 +7,9 @@ from opoch_xp.treecode.forest import local_rows, tiers
 from opoch_xp.treecode.plan import splits
 
 # Rows, nodes and keys together, that a query of a pretrained model reads of n keys outside its block, with the
-# defaults: FACTOR * n ** POWER. Heads of SmolLM2 read 570 of 3,600 and 1,750 of 15,900, more than this; with
+# defaults: FACTOR * n ** POWER. Heads of SmolLM2 read 570 of 3,600 and 1,750 of 15,900, second halves of texts; with
 # COMPILED it meets the crossover that was measured on them: see docs/choosing.md.
-FACTOR, POWER = 3.0, 0.62
+FACTOR, POWER = 1.2, 0.75
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def tree_attention(
     """Queries of each task against the trees of a run of chunks.
 
     queries (T, n, d); task t reads the chunks [first[t], first[t] + count[t]) of `tree` (host integers); no chunk:
-    zeros and lse -inf. groups (T, ceil(n / group) * group) int64: the rows of each group in turn, as `query_groups`
+    zeros and lse -inf. groups (T, ceil(n / group) * group): the rows of each group in turn, as `query_groups`
     gives them, numbers of n and more being padding. seen (T, n): the log of the mass that each query has read of other
     keys, -inf for none: what it may leave unread is judged by all it knows of. `lists`, if given, say what each group
     opens (groups of all tasks in turn); seen is then not looked at.
@@ -198,7 +198,7 @@ def grouped_rows(
     size, total = group_rows(n, method.group), group_count(n, method.group)
     padded = size << splits(n, size)
     if size == 1 or total == 1:  # nothing is shared, or all is: any order will do
-        return xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=here), (tasks, n))
+        return xp.broadcast_to(xp.arange(n, device=here), (tasks, n))
     queries = xp.where(finite_rows(queries)[..., None], queries, 0.0)
     if padded == n:
         return order_rows(queries, axes, method.iterations, None, stretch)
@@ -493,8 +493,8 @@ def _among_largest(xp: Any, x: Array, count: int, top: Callable[[Array, int], Ar
         return xp.ones(x.shape, dtype=xp.bool, device=device(x))
     least = xp.min(xp.take_along_axis(x, top(x, count), axis=1), axis=1, keepdims=True)
     above, equal = x > least, x == least
-    room = count - xp.sum(xp.astype(above, xp.int64), axis=1, keepdims=True)
-    return above | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int64), axis=1) <= room))
+    room = count - xp.sum(xp.astype(above, xp.int32), axis=1, keepdims=True)
+    return above | (equal & (xp.cumulative_sum(xp.astype(equal, xp.int32), axis=1) <= room))
 
 
 def _picked(
@@ -505,7 +505,7 @@ def _picked(
 
     k is `most`, the heaviest first. Without that bound it is what the group that wants most needs: read back.
     """
-    count = xp.sum(xp.astype(wanted, xp.int64), axis=1)
+    count = xp.sum(xp.astype(wanted, xp.int32), axis=1)
     width = int(xp.max(count)) if most is None else min(most, wanted.shape[1])
     heavy = xp.where(wanted, heaviest, -xp.inf)
     pick = top(heavy, width)
