@@ -65,7 +65,9 @@ def filled(stream: workloads.Stream, caches: list[Any], start: int, stop: int) -
             cache.append(k, v)
 
 
-def measured(tokens: int, places: list[int], method: Any, times: int, found: tuple[Measured, Measured], seed: int) -> None:
+def measured(
+    tokens: int, places: list[int], method: Any, times: int, found: tuple[Measured, Measured], seed: int
+) -> None:
     """BLAS and the method in turn at every place, the only caches in memory: steps in a row, each a token appended and
     attended, the first of which does not count; then steps after as much other memory was read as BLAS reads."""
     stream, capacity = workloads.Stream(DIM, seed=seed), tokens + len(places) * (2 * times + 1)
