@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.backends.compiled import masses
-from opoch_xp.backends.compiled.products import ROWS, add_product, add_products, dots_of_rows, fetch, mix, turn
+from opoch_xp.backends.compiled.products import (
+    ROWS,
+    add_product,
+    add_products,
+    add_tall_products,
+    dots_of_rows,
+    fetch,
+    mix,
+    turn,
+)
 from opoch_xp.backends.compiled.vector import VECTOR, array_at, compiled, exponential, inlined
 from opoch_xp.backends.compiled.walk import (
     READERS,
@@ -34,12 +43,11 @@ Array = Any
 
 FEW = 4  # queries for which the keys of a cell are not worth turning
 LOST = 1e-20  # a sum of weights: what fell below the smallest number is still nothing beside it
-LARGEST = 1e20  # sum of weights relative to the maximum that was estimated, far within float32
 
 
 @compiled
 def rescale(old: Array, top: Array, total: Array, known: Array, sums: Array, lined: Array) -> None:
-    """Bring the state from maxima `old` to `top` (g,): total and known (g,), sums (e, g) and lined sums (count, e)."""
+    """Bring the state from maxima `old` to `top` (g,): total and known (g,), sums (e, g), lined (count, ...)."""
     changed = False
     for j in range(top.size):
         if top[j] != old[j]:
@@ -80,11 +88,12 @@ def read_cell(
     """Takes the keys of a cell into the softmax of the queries asks[used : used + count], which are followed by numbers
     of a row that is nobody's, to a multiple of READERS.
 
-    cells (keys, d + e); `whole`: all its keys are kept, else kept (keys,) says which. lined (queries, d), scaled.
-    keys (d, lanes), logits and weights (READERS, lanes) are scratch; same (READERS,) counts from 0. The maxima are
-    those of masses that were estimated: they are raised where a key weighs far more, which is rare.
+    cells (keys, d + e); `whole`: all its keys are kept, else kept (keys,) says which. lined (queries, d), scaled;
+    lined_sums (queries, e + a vector), which ends with the sum of the weights, place by place. keys (d, lanes), logits
+    and weights (READERS, lanes) are scratch; same (READERS,) counts from 0. The maxima are those of masses that were
+    estimated: they are raised where a key weighs far more, which is rare.
     """
-    first, lanes, e = cell * leaf, logits.shape[1], lined_sums.shape[1]
+    first, lanes, e = cell * leaf, logits.shape[1], cells.shape[1] - dim
     few = count <= FEW and leaf == lanes and dim % (VECTOR // lined.itemsize) == 0
     if not few:
         turn(cells, first, leaf, 0, dim, keys)
@@ -101,39 +110,42 @@ def read_cell(
             for r in range(READERS):
                 for i in range(lanes):
                     logits[r, i] = 0
-            add_products(lined, asks, low, 0, dim, keys, 0, 0, logits, same, 0, 0, lanes)
+            add_tall_products(lined, asks, low, 0, dim, keys, 0, 0, logits, same, 0, 0, lanes)
         for r in range(some):
             j = asks[low + r]
             if not whole or leaf < lanes:
                 for i in range(lanes):
                     if i >= leaf or not (whole or kept[first + i]):
                         logits[r, i] = -np.inf
-            sum_of = masses.weigh_keys(logits, r, top[j], weights)
-            if not sum_of < LARGEST:
+            if masses.weigh_keys(logits, r, top[j], weights):
                 most = logits[r, 0]
                 for i in range(1, lanes):
                     most = max(most, logits[r, i])
                 lift(j, most, top, total, known, sums, lined_sums)
-                sum_of = masses.weigh_keys(logits, r, most, weights)
-            total[j] += sum_of
+                masses.weigh_keys(logits, r, most, weights)
+            masses.tally(weights, r, lined_sums, j, e)
         if some == 1:
             add_product(weights, same, 0, 0, leaf, cells, first, dim, lined_sums, asks, low, 0, e)
             continue
-        for r in range(some, READERS):
+        for r in range(some, -(-some // ROWS) * ROWS):
             for i in range(lanes):
                 weights[r, i] = 0
-        add_products(weights, same, 0, 0, leaf, cells, first, dim, lined_sums, asks, low, 0, e)
+        for r in range(0, some, ROWS):
+            add_products(weights, same, r, 0, leaf, cells, first, dim, lined_sums, asks, low + r, 0, e)
 
 
 @compiled
 def finish(
     sums: Array, lined: Array, total: Array, top: Array, index: Array, turned: Array, out: Array, lse: Array
 ) -> None:
-    """Writes the rows `index` of out (N, e) and lse (N,), from sums (e, g) and (count, e). turned (g, e) is scratch."""
+    """Writes the rows `index` of out (N, e) and lse (N,), from sums (e, g) and lined (count, e + a vector), whose last
+    numbers are added to the total (g,). turned (g, e) is scratch."""
     one = sums.dtype.type(1)
     turn(sums, 0, sums.shape[0], 0, sums.shape[1], turned)
     for j in range(index.size):
         row = index[j]
+        for c in range(out.shape[1], lined.shape[1]):
+            total[j] += lined[j, c]
         if total[j] > 0:
             share_of = one / total[j]
             for c in range(out.shape[1]):
@@ -172,7 +184,7 @@ def attend_groups(
     hot, heavy = np.empty(256, kind), np.empty(256, kind)
     turned, squares, sums = np.empty((dim, g), kind), np.empty((dim, g), kind), np.empty((e, g), kind)
     sums_turned = np.empty((g, e), kind)
-    lined, lined_sums = np.zeros((rows_held + 1, dim), kind), np.zeros((rows_held + 1, e), kind)
+    lined, lined_sums = np.zeros((rows_held + 1, dim), kind), np.zeros((rows_held + 1, e + vector), kind)
     top, old, total, known = np.empty(g, kind), np.empty(g, kind), np.empty(g, kind), np.empty(g, kind)
     cut, votes = np.empty(g, kind), np.empty(g, np.bool_)
     asked, asks = np.empty(256, np.int64), np.empty(256, np.int64)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from opoch_xp.backends.compiled import masses
-from opoch_xp.backends.compiled.products import ROWS, add_product, add_products, dots, mix, turn
+from opoch_xp.backends.compiled.products import ROWS, add_product, add_products, add_tall_products, dots, mix, turn
 from opoch_xp.backends.compiled.vector import HIGHEST, VECTOR, array_at, compiled, exponential
 from opoch_xp.backends.compiled.walk import (
     READERS,
@@ -138,10 +138,10 @@ def cell_backward(
             logits[r, i], slope[r, i] = 0, 0
     turn(cells, first, leaf, 0, dim, turned)
     for r in range(0, padded, READERS):
-        add_products(near, ids, r, 0, dim, turned, 0, 0, logits, ids, r, 0, lanes)
+        add_tall_products(near, ids, r, 0, dim, turned, 0, 0, logits, ids, r, 0, lanes)
     turn(cells, first, leaf, dim, e, turned)
     for r in range(0, padded, READERS):
-        add_products(near_dout, ids, r, 0, e, turned, 0, 0, slope, ids, r, 0, lanes)
+        add_tall_products(near_dout, ids, r, 0, e, turned, 0, 0, slope, ids, r, 0, lanes)
     for r in range(padded):
         j = asks[used + r]
         for i in range(lanes):
@@ -153,7 +153,7 @@ def cell_backward(
         )  # fmt: skip
     key_gradients(logits, count, leaf, near_dout, ids, part, gradient, first, dim, e)
     key_gradients(slope, count, leaf, near, ids, part, gradient, first, 0, dim)
-    for r in range(0, padded, READERS):
+    for r in range(0, padded, ROWS):
         add_products(slope, ids, r, 0, leaf, cells, first, 0, found, asks, used + r, 0, dim)
 
 

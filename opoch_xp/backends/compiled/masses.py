@@ -11,6 +11,7 @@ from numba import types
 from opoch_xp.backends.compiled.vector import Vectors, emitted
 from opoch_xp.treecode.law import DEVIATIONS, SMALLEST
 
+LARGEST = 1e20  # weight relative to the maximum that was estimated, far within float32
 LOG, GAIN, WIDTH, SLOPE, KNEE, SHARE = range(6)  # places in a table of the law's coefficients: see treecode.law
 
 
@@ -63,19 +64,39 @@ def weigh(typing: Any, mass: Any, i: Any, shift: Any, whole: Any) -> Any:
 
 @emitted
 def weigh_keys(typing: Any, logits: Any, r: Any, shift: Any, weights: Any) -> Any:
-    """weights[r] = exp(logits[r] - shift), of as many numbers; returns their sum. shift: a number."""
+    """weights[r] = exp(logits[r] - shift), of as many numbers; whether one reaches LARGEST, or is no number. shift: a
+    number."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, r_ = Vectors(context, builder, logits.dtype), arguments[1]
         logits_, weights_ = to.arrays(signature, arguments, 0, 3)
-        shift_, total = to.spread(arguments[2]), to.variable(to.constant(0.0))
+        shift_, large = to.spread(arguments[2]), to.variable(ir.Constant(ir.IntType(1), 0))
         with to.each_vector(builder.extract_value(logits_.shape, 1)) as j:
             weight = to.exponential(to.sub(to.load(to.at(logits_, r_, j)), shift_))
             to.store(weight, to.at(weights_, r_, j))
-            to.set(total, to.add(to.get(total), weight))
-        return to.sum(to.get(total))
+            places = ir.IntType(to.width)
+            found = builder.bitcast(builder.fcmp_unordered(">=", weight, to.constant(LARGEST)), places)
+            to.set(large, builder.or_(to.get(large), builder.icmp_unsigned("!=", found, ir.Constant(places, 0))))
+        return to.get(large)
 
-    return logits.dtype(logits, types.intp, logits.dtype, weights), generate
+    return types.boolean(logits, types.intp, logits.dtype, weights), generate
+
+
+@emitted
+def tally(typing: Any, weights: Any, r: Any, sums: Any, row: Any, column: Any) -> Any:
+    """Adds the vectors of weights[r] to that of sums[row] from `column` on: their sum, place by place."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, (_, r_, _, row_, column_) = Vectors(context, builder, weights.dtype), arguments
+        weights_, sums_ = to.arrays(signature, arguments, 0, 2)
+        into = to.at(sums_, row_, column_)
+        total = to.variable(to.load(into))
+        with to.each_vector(builder.extract_value(weights_.shape, 1)) as j:
+            to.set(total, to.add(to.get(total), to.load(to.at(weights_, r_, j))))
+        to.store(to.get(total), into)
+        return context.get_dummy_value()
+
+    return types.void(weights, types.intp, sums, types.intp, types.intp), generate
 
 
 @emitted

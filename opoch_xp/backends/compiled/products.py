@@ -19,6 +19,7 @@ from opoch_xp.backends.compiled.vector import VECTOR, WIDE, Vectors, compiled, e
 Array = Any
 
 ROWS = 4  # of a block of a product
+TALL = 8 if WIDE else 4  # of one that is a vector wide: as many sums as keep a processor busy
 AHEAD = 4  # rows asked for before they are needed, at the least,
 QUEUE = 256  # and so many that they take products with as many numbers: of few queries a row is soon done
 MIXED = 64  # rows mixed at a time: their weights for 128 queries are 32 kB, of the first cache
@@ -249,9 +250,9 @@ def mix(a: Array, index: Array, start: int, stop: int, first: int, columns: int,
                 _mix_row(a, index, low, first + c, count, weights, j, out, c)
 
 
-def _products(rows: int) -> Any:
-    """See add_products and add_product: for so many rows at a time."""
-    rank_along, rank_one = _rank(rows, _ALONG), _rank(rows, 1)
+def _products(rows: int, along: int = _ALONG) -> Any:
+    """See add_products: for so many rows at a time, and vectors of a row where there are as many."""
+    rank_along, rank_one = _rank(rows, along), _rank(rows, 1)
 
     @inlined
     def products(
@@ -260,9 +261,9 @@ def _products(rows: int) -> Any:
     ) -> None:  # fmt: skip
         vector = VECTOR // x.itemsize
         j = 0
-        while j + _ALONG * vector <= columns:
+        while j + along * vector <= columns:
             rank_along(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j)
-            j += _ALONG * vector
+            j += along * vector
         while j + vector <= columns:
             rank_one(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j)
             j += vector
@@ -275,8 +276,8 @@ def _products(rows: int) -> Any:
 
 
 # out[oi[oo + r], oj + j] += sum over c below count of a[ai[ao + r], first + c] * x[xi + c, xj + j], for r below ROWS,
-# or for one r, and j below columns. ai and oi are whole numbers; the rows of out differ.
-add_products, add_product = _products(ROWS), _products(1)
+# one, or TALL, and j below columns. ai and oi are whole numbers; the rows of out differ.
+add_products, add_product, add_tall_products = _products(ROWS), _products(1), _products(TALL, 1)
 
 
 @inlined

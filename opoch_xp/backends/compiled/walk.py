@@ -11,12 +11,12 @@ import numpy as np
 
 from opoch_xp.backends.compiled import masses
 from opoch_xp.backends.compiled.masses import GAIN, KNEE, LOG, SHARE, SLOPE, WIDTH
-from opoch_xp.backends.compiled.products import ROWS, dots, turn
+from opoch_xp.backends.compiled.products import ROWS, TALL, dots, turn
 from opoch_xp.backends.compiled.vector import VECTOR, compiled, inlined, lowest_bit
 
 Array = Any
 
-READERS = 4  # queries that read a cell at a time
+READERS = TALL  # queries that read a cell at a time
 NEGLIGIBLE = 1e-9  # of a query's largest weight: a node that holds less for every query is not looked at again
 
 
