@@ -279,7 +279,7 @@ class Reading:
             table.add(self.label, method.name, *times, *scores, *errors, loss + scores[0])
 
     def keep(self, rows: list[list[Any]], table: Table) -> None:
-        """The same with the scores of rows that a table had: they are those of the columns from 4 to 6, and the last."""
+        """The same with the scores of rows that a table had: the columns from 4 to 6, and the last."""
         for method in self.methods:
             old = next(row for row in rows if row[:2] == [self.label, method.name])
             times, errors = self.taken(method)
