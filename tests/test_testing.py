@@ -115,7 +115,7 @@ def test_bfloat16_which_numpy_lacks(install: Install, monkeypatch: pytest.Monkey
         ({"COST": Cost(read=0.0, split=1.0)}, "COST: is Cost(read=0.0, split=1.0)"),
         ({"synchronize": lambda *arrays: arrays}, "synchronize: returns "),
     ],
-    ids=["a list", "float64", "whole numbers", "a kernel alone", "a number", "free reads", "a synchronize that returns"],
+    ids=["a list", "float64", "whole numbers", "a kernel alone", "a number", "free reads", "a return"],
 )
 def test_what_a_plugin_states(install: Install, stated: dict[str, Any], named: str) -> None:
     plugin(install, **stated)
