@@ -48,13 +48,12 @@ Run = tuple[list[str], dict[str, str]]  # arguments of pytest, environment
 
 
 def backend(name: str, group: str, about: str, *runs: Run, default: bool = True) -> None:
-    """A session tests(NAME): the suite through one backend, in one or more runs; those of the default, on all cores."""
+    """A session tests(NAME): the suite through one backend, in one or more runs."""
 
     def run(session: nox.Session) -> None:
         install(session, group)
-        cores = ["--numprocesses", "auto"] if default else []
         for arguments, environment in runs:
-            session.run("pytest", *cores, *arguments, *session.posargs, env=environment)
+            session.run("pytest", *arguments, *session.posargs, env=environment)
 
     run.__doc__ = about
     nox.session(name=f"tests({name})", default=default)(run)
