@@ -279,7 +279,7 @@ def pretrained() -> Any:
 def settings(rows: list[dict[str, Any]], begins: str, column: str) -> Iterator[tuple[float, float, str]]:
     """Attention's time as a share of SDPA's, the largest of `column` over the texts, and the name, of each method."""
     for name in dict.fromkeys(row["method"] for row in rows if row["method"].startswith(begins)):
-        same = [row for row in rows if row["method"] == name]
+        same = [row for row in rows if row["method"] == name and row[column] != "-"]
         share = mean(1 / row["times faster than SDPA"] for row in same)
         yield share, max(FLOOR, *(row[column] for row in same)), name
 
