@@ -71,10 +71,10 @@ def weigh_keys(typing: Any, logits: Any, r: Any, shift: Any, weights: Any) -> An
         to, r_ = Vectors(context, builder, logits.dtype), arguments[1]
         logits_, weights_ = to.arrays(signature, arguments, 0, 3)
         shift_, large = to.spread(arguments[2]), to.variable(ir.Constant(ir.IntType(1), 0))
+        places = ir.IntType(to.width)
         with to.each_vector(builder.extract_value(logits_.shape, 1)) as j:
             weight = to.exponential(to.sub(to.load(to.at(logits_, r_, j)), shift_))
             to.store(weight, to.at(weights_, r_, j))
-            places = ir.IntType(to.width)
             found = builder.bitcast(builder.fcmp_unordered(">=", weight, to.constant(LARGEST)), places)
             to.set(large, builder.or_(to.get(large), builder.icmp_unsigned("!=", found, ir.Constant(places, 0))))
         return to.get(large)
