@@ -255,6 +255,16 @@ def test_a_group_whose_nodes_hold_far_less_than_estimated_is_done_again() -> Non
     assert_close(ours.out[0], exact_out[0, 0], 1e-4)
 
 
+def test_keys_that_weigh_far_more_than_their_cell_was_estimated_to() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1024, 16), np.float32) for _ in range(3))
+    q[..., 0], k[..., 0] = 20, 0
+    k[0, [40, 300], 0] = 20, 19.9  # logits of 400 and 398 where all others are below 20
+    methods = ox.Treecode(block=128), ox.Exact()
+    ours, exact = (ox.attention(q, k, v, causal=True, scale=1.0, method=method)[:, 512:] for method in methods)
+    np.testing.assert_allclose(ours, exact, atol=1e-3)
+
+
 @pytest.mark.parametrize("workload", ["scattered", "topics"])
 def test_at_one_rtol_the_error_stays_what_it_is_whatever_the_length(workload: str) -> None:
     errors = []
