@@ -12,12 +12,14 @@ from opoch_xp.problem import Problem, sum_dtype
 Array = Any
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 HOST_LIBRARIES = ("numpy", "array_api_strict")
+OPERATIONS = ("__array_ufunc__", "__array_function__", "__mul__", "__eq__")  # of an array; a subclass may have its own
 
 
 def namespace_of(**arrays: Array) -> Any:
     """The one namespace of the named arrays; TypeError when an argument is no array or libraries are mixed."""
     spaces = {}
     for name, array in arrays.items():
+        check_plain(name, array)
         try:
             spaces[name] = array_namespace(array)
         except TypeError:
@@ -27,6 +29,18 @@ def namespace_of(**arrays: Array) -> Any:
         given = ", ".join(f"{name}: {library(xp)}" for name, xp in spaces.items())
         raise TypeError(f"{_names(arrays)} must be arrays of one library, got {given}")
     return next(iter(spaces.values()))
+
+
+def check_plain(name: str, array: Array) -> None:
+    """TypeError for a subclass of NumPy's arrays that computes otherwise: matrices, masked arrays, quantities."""
+    kind = type(array)
+    if kind is np.ndarray or not isinstance(array, np.ndarray):
+        return
+    if any(getattr(kind, operation) is not getattr(np.ndarray, operation) for operation in OPERATIONS):
+        raise TypeError(
+            f"{name} must be a plain array, got {kind.__module__}.{kind.__qualname__}, which computes otherwise: give"
+            " its numbers by numpy.asarray, and what is masked as a mask of its own"
+        )
 
 
 def name_of(dtype: Any) -> str:
@@ -43,10 +57,16 @@ def on_host(xp: Any, array: Array) -> bool:
     return library(xp) in HOST_LIBRARIES or (library(xp) == "torch" and array.device.type == "cpu")
 
 
+def detached(array: Array) -> Array:
+    """A tensor of PyTorch's apart from its graph, in memory as it is read: negated where a view only says so."""
+    return array.detach().resolve_neg() if hasattr(array, "resolve_neg") else array
+
+
 def to_host(array: Array) -> np.ndarray:
     """The array in NumPy, copied from its device where it has one of its own."""
-    if hasattr(array, "detach"):  # PyTorch's
-        array = array.detach().cpu()
+    array = detached(array)
+    if hasattr(array, "cpu"):  # PyTorch's
+        array = array.cpu()
     try:
         return np.asarray(array.get() if hasattr(array, "get") else array)
     except (TypeError, ValueError, RuntimeError):  # of a device that is asked by the standard's own way
@@ -145,13 +165,19 @@ def kernels_named(xp: Any, backend: object) -> Any:
 
 
 def check_scale(scale: float | None, dim: int) -> float:
-    """The scale given, or dim ** -0.5; TypeError or ValueError where it is no finite number."""
-    scale = dim**-0.5 if scale is None else scale
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale must be a finite number, got {scale!r}")
-    if not abs(float(scale)) < float("inf"):
+    """The scale given, a number or an array of one without axes, or dim ** -0.5; TypeError or ValueError where it is
+    not finite, or is one that gradients are to flow to."""
+    if getattr(scale, "requires_grad", False):
+        raise TypeError("scale must be a finite number, got one that requires gradients: multiply q by it instead")
+    try:
+        if not isinstance(scale, Real | None) and (not hasattr(scale, "__float__") or getattr(scale, "shape", ())):
+            raise TypeError
+        number = float(dim**-0.5 if scale is None else scale)
+    except TypeError:
+        raise TypeError(f"scale must be a finite number, got {scale!r}") from None
+    if not abs(number) < float("inf"):
         raise ValueError(f"scale must be a finite number, got {scale}")
-    return float(scale)
+    return number
 
 
 def prepare(
@@ -169,8 +195,8 @@ def prepare(
     xp = check_arrays(q, k, v, key_mask)
     kernels = kernels_named(xp, backend)
     scale = check_scale(scale, q.shape[-1])
-    if kernels.name != "generic" and hasattr(q, "detach"):  # kernels write in place: gradients are opoch_xp.graphs'
-        q, k, v = q.detach(), k.detach(), v.detach()
+    if kernels.name != "generic":  # kernels write in place: gradients are opoch_xp.graphs'
+        q, k, v = (detached(x) for x in (q, k, v))
 
     stored = q.dtype if dtype_name(q) in kernels.ACCEPTS else xp.float32
     key_heads = 1

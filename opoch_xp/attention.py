@@ -171,9 +171,9 @@ def _unseen(
     method: Method | None,
 ) -> Attention:  # fmt: skip
     """The call where no number can be looked at: compiled, batched by a transformation, or shapes alone."""
-    scale = check_scale(scale, q.shape[-1])
+    scale = None if scale is None else check_scale(scale, q.shape[-1])
     out, lse, figures = graph.attend(q, k, v, key_mask, bool(causal), scale, graph.numbers(method))
-    exact = visible_pairs(q.shape[-2], k.shape[-2], causal) / max(q.shape[-2], 1)
+    exact = graph.exact_rows(q, k, bool(causal))
     rows, bounded = graph.report_of(method, figures)
     return Attention(out, lse, Report(method, "as one operator", rows, exact, ("one operator",), None, bounded))
 

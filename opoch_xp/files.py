@@ -4,18 +4,29 @@ Nothing in a file is trusted: no pickles, and every size is checked against the 
 taken. Errors name the file and what was expected.
 """
 
+import lzma
 import math
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opoch_xp import tensors
+from opoch_xp import tensors, text
 
 NAMES = ("q", "k", "v")
+SHOWN = 200  # characters of what another library says
 SUFFIXES = (".npz", ".safetensors")
+# what the standard library raises for archives that are damaged, encrypted or made up
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, LookupError,
+    ValueError, OverflowError,
+)  # fmt: skip
+LARGEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # bytes that one byte of an archive may become
 FLOATS = ("F16", "BF16", "F32", "F64")  # of .safetensors; bfloat16 is widened to float32
 
 QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -33,8 +44,7 @@ def load_qkv(path: str | Path) -> QKV:
         raise ValueError(
             f"{path}: expected a file ending in {' or '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    tensors.check_file(path)
     arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
     dtypes = {name: str(array.dtype) for name, array in arrays.items()}
     if len(set(dtypes.values())) > 1:
@@ -48,7 +58,7 @@ def _check_names(path: Path, held: list[str]) -> None:
     if missing:
         raise ValueError(
             f"{path}: expected arrays named q, k and v; {', '.join(missing)} missing, "
-            f"the file holds {', '.join(sorted(held)) or 'nothing'}"
+            f"the file holds {text.names(held)}"
         )
 
 
@@ -62,30 +72,47 @@ def _check_float(path: Path, name: str, dtype: np.dtype) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            _check_names(path, list(members))
-            for name in NAMES:  # all of them, before any is read
-                with archive.open(members[name]) as file:
-                    _check_npy(path, name, file, members[name].file_size)
+    with _readable(path):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        _check_names(path, list(members))
+        for name in NAMES:  # all of them, before any is read
+            _check_npy(path, name, archive, members[name])
+        with _readable(path):
             return {name: _native(_read_npy(archive, members[name])) for name in NAMES}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-        raise ValueError(f"{path}: damaged or truncated, or no .npz file ({error})") from None
 
 
-def _check_npy(path: Path, name: str, file: Any, size: int) -> None:
-    """One array's header against the bytes that the archive says it has."""
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """ValueError that names the file, for whatever the standard library says of an archive."""
     try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(
+            f"{path}: damaged or truncated, or no .npz file ({text.printable(str(error))[:SHOWN]})"
+        ) from None
+
+
+def _check_npy(path: Path, name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """One array's header against the bytes that the archive says it has, and these against those that are there."""
+    with _readable(path):
+        shape, dtype, begin = _header(archive, member)
+    _check_float(path, name, dtype)
+    expected, held = math.prod(shape) * dtype.itemsize, member.file_size - begin
+    if member.compress_type in LARGEST:
+        held = min(held, member.compress_size * LARGEST[member.compress_type])
+    if expected != held:
+        raise ValueError(f"{path}: {name} of shape {shape} needs {expected:,} bytes, the file holds {held:,}")
+
+
+def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype, and the byte of the member at which the numbers begin."""
+    with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, _, dtype = read(file)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {name} is no array of NumPy's format ({error})") from None
-    _check_float(path, name, dtype)
-    expected, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if expected != held:
-        raise ValueError(f"{path}: {name} of shape {shape} needs {expected:,} bytes, the file holds {held:,}")
+        return shape, dtype, file.tell()
 
 
 def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -13,8 +13,8 @@ Array = Any
 def follower(*arrays: Array) -> ModuleType | None:
     """The module that runs a call on these arrays as one operator of their library, or None: nothing follows them.
 
-    It has `casts`, `cast`, `without_casts`, `opaque`, `numbers`, `solution`, `report_of` and the operator `attend`: see
-    opoch_xp.backends.torch.operator, the only one so far. Nothing is imported that the caller has not imported.
+    It has `casts`, `cast`, `without_casts`, `opaque`, `numbers`, `solution`, `report_of`, `exact_rows` and the operator
+    `attend`: see opoch_xp.backends.torch.operator, the only one so far. Nothing is imported that the caller has not imported.
     """
     torch = sys.modules.get("torch")
     if torch is None or not all(isinstance(array, torch.Tensor) for array in arrays):
@@ -22,6 +22,16 @@ def follower(*arrays: Array) -> ModuleType | None:
     from opoch_xp.backends.torch import operator
 
     return operator if operator.follows(*arrays) else None
+
+
+def has_tangent(*arrays: Array) -> bool:
+    """Whether forward-mode differentiation of PyTorch follows any of the arrays."""
+    torch = sys.modules.get("torch")
+    if torch is None or torch.autograd.forward_ad._current_level < 0:
+        return False
+    from opoch_xp.backends.torch import operator
+
+    return operator.has_tangent(*(array for array in arrays if isinstance(array, torch.Tensor)))
 
 
 def traced(*arrays: Array) -> bool:

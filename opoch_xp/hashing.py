@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 
+from opoch_xp.arguments import namespace_of
 from opoch_xp.backends import kernels_for
 from opoch_xp.methods import check_whole
 
@@ -48,7 +48,7 @@ def hash_codes(x: Array, planes: np.ndarray, *, backend: str | None = None) -> A
     >>> hash_codes(np.eye(2), np.asarray([[[1.0, 1.0], [-1.0, 1.0]]]))
     array([[1, 3]])
     """
-    xp = array_namespace(x)
+    xp = namespace_of(x=x)
     if not xp.isdtype(x.dtype, "real floating"):
         raise TypeError(f"x must be real floating, got dtype {x.dtype}")
     if x.ndim < 2:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from opoch_xp.arguments import DTYPES, dtype_name, namespace_of, to_host
+from opoch_xp.arguments import DTYPES, check_plain, detached, dtype_name, namespace_of, to_host
 from opoch_xp.backends import library
 from opoch_xp.index_settings import Settings
 from opoch_xp.index_values import Contents
@@ -20,8 +20,7 @@ def vectors(name: str, x: Array, settings: Settings, held: Contents | None) -> t
         raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype_name(x)}")
     if x.ndim != 2 or x.shape[1] != settings.dim:
         raise ValueError(f"{name} must be (m, dim) with dim = {settings.dim}, got shape {tuple(x.shape)}")
-    if hasattr(x, "detach"):  # PyTorch's: an index has no gradient
-        x = x.detach()
+    x = detached(x)  # an index has no gradient
     if xp.finfo(x.dtype).bits < 32:
         x = xp.astype(x, xp.float32)
     if held is not None:
@@ -98,6 +97,7 @@ def check_free(numbers: np.ndarray, held: Contents) -> None:
 
 def numbers_of(ids: Array) -> np.ndarray:
     """Ids on the host, (m,) int64."""
+    check_plain("ids", ids)
     numbers = to_host(ids) if hasattr(ids, "shape") else np.asarray(ids)
     if numbers.size == 0 and numbers.ndim == 1:
         return np.zeros(0, np.int64)

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from opoch_xp.writing import whole_file
+from opoch_xp import text
+from opoch_xp.writing import replaceable, whole_file
 
 HEADER_LIMIT = 100_000_000  # bytes of a header: the limit of the format's own library
 ALIGN = 64  # bytes: where data begins in files written here, so that mapped rows lie on cache lines
@@ -71,8 +72,8 @@ class Header:
     def metadata(self, key: str) -> str | None:
         """A text of the metadata; None where there is none of this name."""
         metadata = self.held.get("__metadata__")
-        text = metadata.get(key) if isinstance(metadata, dict) else None
-        return text if isinstance(text, str) else None
+        found = metadata.get(key) if isinstance(metadata, dict) else None
+        return found if isinstance(found, str) else None
 
     def entry(self, name: str, dtypes: tuple[str, ...]) -> Entry:
         """One array's entry, checked against the bytes of the file; ValueError when it lies."""
@@ -83,7 +84,7 @@ class Header:
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: the header is not that of a .safetensors file ({error})") from None
         if dtype not in dtypes:
-            raise ValueError(f"{path}: {name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {dtype}")
+            raise ValueError(f"{path}: {name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {text.name(dtype)}")
         whole = (isinstance(number, int) and not isinstance(number, bool) for number in (*shape, begin, end))
         if not all(whole) or not all(0 <= number < LARGEST for number in (*shape, begin, end)):
             raise ValueError(f"{path}: the shape and offsets of {name} must be whole numbers from 0 to 2**63 - 1")
@@ -141,8 +142,8 @@ def header_of(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[st
     for name, (dtype, shape) in entries.items():
         begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         held[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(held, separators=(",", ":")).encode()
-    return text + b" " * (-(LENGTH + len(text)) % ALIGN)
+    line = json.dumps(held, separators=(",", ":")).encode()
+    return line + b" " * (-(LENGTH + len(line)) % ALIGN)
 
 
 def write(
@@ -153,6 +154,8 @@ def write(
 ) -> None:
     """Write a file, whole or not at all, with a checksum in its metadata; `arrays` in the order of the entries, each
     taken when those before it are written."""
+    if not replaceable(path):
+        raise OSError(f"{path}: a pipe or a device, expected the name of a file")
     header = header_of(entries, {**metadata, "checksum": NO_SUM.decode()})
     total = zlib.crc32(header)
     with whole_file(path) as file:
@@ -175,10 +178,16 @@ def check_ending(path: Path) -> None:
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A file to read; FileNotFoundError where there is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    check_file(path)
     with path.open("rb") as file:
         yield file
+
+
+def check_file(path: Path) -> None:
+    """FileNotFoundError unless there is a file of this name, which says what else there is."""
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device" if path.exists() else None
+        raise FileNotFoundError(f"{path}: {f'{kind}, not a file' if kind else 'no such file'}")
 
 
 def check_format(path: Path, header: Header, what: str, name: str, version: int) -> None:

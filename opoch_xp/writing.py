@@ -1,34 +1,70 @@
 """Files that are there whole or not at all."""
 
 import os
-import threading
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+_numbers = count()  # of the files that this process has written
+
 
 def check_target(name: str, path: Path) -> None:
-    """Before anything is computed for it: FileNotFoundError or IsADirectoryError, in the caller's words, unless a file
-    of this name can stand there."""
+    """Before anything is computed for it: FileNotFoundError, IsADirectoryError or PermissionError, in the caller's
+    words, unless a file of this name can be written."""
     if not path.name:
         raise FileNotFoundError(f"{name}: expected the name of a file, got {str(path)!r}")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # of a name that no file can have, or a folder that may not be read
+        raise type(error)(f"{name}: {path} cannot be written: {error.strerror}") from None
     if path.is_dir():
         raise IsADirectoryError(f"{name}: {path} is a folder, expected the name of a file")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{name}: no folder {path.absolute().parent}")
+    if not replaceable(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"{name}: {path} may not be written")
+        return
+    part = _part(path)
+    try:
+        part.touch(exist_ok=False)
+    except OSError as error:
+        raise type(error)(f"{name}: {path} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def replaceable(path: Path) -> bool:
+    """Whether what is written to `path` takes the place of a file, or of none; a pipe and a device are written to."""
+    return not path.exists() or path.is_file()
+
+
+def _part(path: Path) -> Path:
+    """A name of this process's own beside the file that `path` leads to, no longer than any system takes."""
+    return Path(os.path.realpath(path)).with_name(f".opoch-xp.{os.getpid()}.{next(_numbers)}")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, under a name of this thread's own beside `path`; it takes the place of `path` when the block
-    ends, and is deleted when the block raises."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    """A file to write, under a name of its own beside `path`; it takes the place of `path`, and its mode, when the
+    block ends, and is deleted when the block raises. A pipe or a device is written as it is."""
+    if not replaceable(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    part = _part(path)
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
+            if path.exists():
+                os.chmod(part, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        part.replace(os.path.realpath(path))
     finally:
         part.unlink(missing_ok=True)

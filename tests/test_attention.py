@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -359,6 +360,41 @@ def test_what_is_no_array_or_of_another_library(backend: Backend) -> None:
         ox.attend(q, k, other.asarray(V))
     with pytest.raises(TypeError, match="k and key_mask must be arrays of one library"):
         ox.attend(q, k, v, key_mask=other.asarray(np.ones(6, bool)))
+
+
+class Quantity(np.ndarray):
+    """Numbers with a unit, of which NumPy's functions know nothing."""
+
+    def __array_ufunc__(self, *arguments: Any, **keywords: Any) -> Any:
+        return NotImplemented
+
+
+@pytest.mark.parametrize("kind", ["matrix", "masked", "quantity"])
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_arrays_that_compute_otherwise_are_refused(kind: str) -> None:
+    make = {"matrix": np.matrix, "masked": np.ma.masked_array, "quantity": lambda x: x.view(Quantity)}[kind]
+    arrays = {"q": Q, "k": K, "v": V}
+    for name, x in arrays.items():
+        with pytest.raises(TypeError, match=f"{name} must be a plain array, got .*, which computes otherwise"):
+            ox.attention(**{**arrays, name: make(x[0])} if kind == "matrix" else {**arrays, name: make(x)})
+    with pytest.raises(TypeError, match="key_mask must be a plain array"):
+        ox.attention(Q, K, V, key_mask=np.ma.masked_array(np.ones(K.shape[-2], bool)))
+    with pytest.raises(TypeError, match="k must be a plain array"):
+        ox.KVCache().append(make(K[0]), V[0])
+    index = ox.LSHIndex(K.shape[-1], metric="inner")
+    with pytest.raises(TypeError, match="x must be a plain array"):
+        index.add(make(K[0]))
+    with pytest.raises(TypeError, match="ids must be a plain array"):
+        index.add(K[0], np.ma.arange(len(K[0])))
+    with pytest.raises(TypeError, match="x must be a plain array"):
+        ox.hash_codes(make(K[0]), ox.random_hyperplanes(K.shape[-1], 2, 2))
+
+
+def test_arrays_of_files_are_plain(tmp_path: Path) -> None:
+    np.save(tmp_path / "q.npy", Q)
+    mapped = np.load(tmp_path / "q.npy", mmap_mode="r")
+    assert type(mapped) is np.memmap
+    np.testing.assert_array_equal(ox.attention(mapped, K, V), ox.attention(Q, K, V))
 
 
 def test_devices_are_not_mixed() -> None:

@@ -1,5 +1,6 @@
 """KVCache: any chunking is one prefill, to rounding; what is refused changes nothing."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -735,6 +736,53 @@ def test_no_memory_left_changes_nothing(backend: Backend, monkeypatch: pytest.Mo
     same(caches.attend(q[:, :, :250]), before, "as it was")
     caches.append(k[:, :, 250:], v[:, :, 250:])
     same(caches.attend(q), whole(backend, ALONE, q, k, v), "and goes on")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a system that takes no room in advance")
+def test_no_room_on_the_disk_changes_nothing(tmp_path: Path) -> None:
+    """Files as large as asked for may not be: writing to what is mapped beyond would end the process."""
+    import resource
+
+    q, k, v = arrays(n=4096, batch=1)
+    cache = ox.KVCache(ALONE, offload=tmp_path)
+    cache.append(k[:, :, :300], v[:, :, :300])
+    before = cache.attend(q[:, :, :5], causal=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"for [\d,]+ bytes.*" + tmp_path.name):
+            cache.append(k[:, :, 300:], v[:, :, 300:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(cache) == 300
+    after = cache.attend(q[:, :, :5], causal=False)
+    same((after.out, after.lse), (before.out, before.lse), "as it was")
+    cache.append(k[:, :, 300:], v[:, :, 300:])
+    assert len(cache) == 4096
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_cache_in_files_stays_with_the_parent_of_a_fork(tmp_path: Path) -> None:
+    _, k, v = arrays(batch=1)
+    cache = ox.KVCache(ALONE, offload=tmp_path)
+    held = ox.KVCache(ALONE)
+    for one in (cache, held):
+        one.append(k[:, :, :65], v[:, :, :65])
+    child = os.fork()
+    if child == 0:
+        told = ""
+        try:
+            cache.append(k[:, :, 65:195], v[:, :, 65:195])
+        except RuntimeError as error:
+            told = str(error)
+        held.append(k[:, :, 65:195] + 1, v[:, :, 65:195] + 1)  # memory is the child's own
+        os._exit(0 if "since the fork" in told and len(held) == 195 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    for one in (cache, held):
+        one.append(k[:, :, 65:195], v[:, :, 65:195])
+    found, right = (one.attend(k[:, :, :195], causal=False) for one in (cache, held))
+    same((found.out, found.lse), (right.out, right.lse), "the parent goes on")
 
 
 @pytest.mark.parametrize("name", ["treecode", "exact"])

@@ -1,9 +1,12 @@
 """The command line: tables that can be read and pasted, figures that can be parsed, and errors of one line."""
 
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -172,6 +175,71 @@ def test_wall_refuses_in_one_line(tmp_path):
     assert "--backend must be one of" in refused("wall", "--backend", "nampy")
     assert "no folder" in refused("wall", "--json", tmp_path / "none" / "wall.json")
     assert run("wall", "--tokens", 0, code=2).stdout == ""
+
+
+def test_figures_go_straight_into_what_is_no_file(tmp_path):
+    """A pipe, a device, the shell's /dev/fd/N: written to, and not replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        run("backends", "--json", pipe)
+        assert {entry["name"] for entry in json.loads(read.result(60))} >= {"numpy", "generic"}
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    run("backends", "--json", "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    command = f"{sys.executable} -m opoch_xp backends --json >(cat > {tmp_path}/out) > /dev/null; wait; sleep .5"
+    subprocess.run(["bash", "-c", command], check=True)
+    assert json.loads((tmp_path / "out").read_text())
+
+
+def test_a_file_keeps_its_mode_and_a_link_its_place(tmp_path):
+    path, link = tmp_path / "figures.json", tmp_path / "link.json"
+    path.write_text("old")
+    path.chmod(0o600)
+    link.symlink_to(path)
+    run("backends", "--json", link)
+    assert link.is_symlink()
+    assert json.loads(path.read_text())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(tmp_path.iterdir()) == [path, link]
+
+
+def test_the_longest_names_there_can_be(tmp_path):
+    path = tmp_path / ("n" * 250 + ".json")
+    run("backends", "--json", path)
+    assert json.loads(path.read_text())
+    assert "cannot be written" in refused("backends", "--json", tmp_path / ("n" * 251 + ".json"))
+
+
+def test_what_was_measured_is_kept_where_stdout_takes_nothing(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(tables.Sink, "show", broken)
+    sizes = ["--n", 2000, "--queries", 10, "--bits", 8, "--tables", 2]
+    for number, command in enumerate((
+        ["needle", *sizes, "--csv", tmp_path / "found.csv"],
+        ["wall", "--workload", "scattered", "--tokens", 600],
+        ["backends"],
+    )):  # fmt: skip
+        path = tmp_path / f"{number}.json"
+        run(*command, "--json", path, code=2)
+        assert json.loads(path.read_text())
+    assert (tmp_path / "found.csv").read_text().count("\n") == 2
+
+
+def test_names_that_stdout_cannot_write(heads, tmp_path):
+    """Bytes that are no text in the name of a file, and a stdout that takes ASCII alone."""
+    odd = os.fsdecode(bytes(tmp_path) + b"/h\xffe\xc3\xa9ds.npz")
+    os.rename(heads, odd)
+    for encoding in ("utf-8", "ascii"):
+        command = [sys.executable, "-m", "opoch_xp", "audit", odd, "--json", str(tmp_path / "audit.json")]
+        environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+        ended = subprocess.run(command, capture_output=True, env=environment)
+        assert ended.returncode == 0, ended.stderr
+        assert b"Methods on h\\udcffe" in ended.stdout
+        assert json.loads((tmp_path / "audit.json").read_text())["file"] == odd
 
 
 def test_without_typer_one_line_says_what_to_install():

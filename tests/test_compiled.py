@@ -1,6 +1,7 @@
 """The compiled kernels against the generic twins and against loops; skipped without Numba."""
 
 import os
+import warnings
 from itertools import product
 from typing import Any
 
@@ -388,3 +389,32 @@ def test_keys_of_few_queries_are_shared_out(causal: bool, monkeypatch: pytest.Mo
         )
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs, 1e-5)
+
+
+def nothing(x: Any) -> None:
+    x[0] = 3
+
+
+@pytest.mark.parametrize("where", ["no folder", "full disk", "readable"])
+def test_machine_code_that_cannot_be_kept(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning that says how to mend it, and the same results."""
+    from numba.core import caching, dispatcher
+
+    def no_folder(self: Any) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vector, "_told", [])
+    if where == "no folder":
+        monkeypatch.setattr(dispatcher.Dispatcher, "enable_caching", no_folder)
+    elif where == "full disk":
+        monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    x, several = np.zeros(1), []
+    with warnings.catch_warnings(record=True, action="always") as told:
+        for _ in range(2):
+            several.append(vector.compiled(nothing))
+            several[-1](x)
+    assert x[0] == 3
+    assert [str(warning.message).count("NUMBA_CACHE_DIR") for warning in told] == [1] * (where != "readable")

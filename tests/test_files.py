@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -155,3 +156,69 @@ def test_safetensors_headers_that_lie(tmp_path, entry, message):
 def test_safetensors_headers_of_another_kind(tmp_path, header):
     with pytest.raises(ValueError, match="header|missing"):
         load_qkv(_safetensors(tmp_path, header, bytes(16)))
+
+
+def test_names_and_dtypes_are_shown_without_what_a_terminal_obeys(tmp_path):
+    many = {f"layer.{i}.\x1b[2J": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(3000)}
+    with pytest.raises(ValueError, match="q, k, v missing") as error:
+        load_qkv(_safetensors(tmp_path, many, b""))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1000
+    assert str(error.value).endswith("and 2,992 more")
+    with pytest.raises(ValueError, match="q must be") as error:
+        load_qkv(_safetensors(tmp_path, dict.fromkeys("qkv", {**many["layer.0.\x1b[2J"], "dtype": "\x1b[2J" * 99}), b""))
+    assert str(error.value).isprintable()
+    np.savez(tmp_path / "heads.npz", **{"\x1b]0;title\x07": np.ones(3)})
+    with pytest.raises(ValueError, match="missing") as error:
+        load_qkv(tmp_path / "heads.npz")
+    assert str(error.value).isprintable()
+
+
+def test_what_is_no_file_is_told(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name, words in (("folder", "a folder, not a file"), ("pipe", "a pipe or a device, not a file")):
+        with pytest.raises(FileNotFoundError, match=words):
+            load_qkv(tmp_path / f"{name}.npz")
+
+
+@pytest.mark.parametrize("place", range(0, 22))
+@pytest.mark.parametrize("bit", [0, 5, 7])
+def test_damage_anywhere_in_an_archive_names_the_file(tmp_path, place, bit):
+    """A bit of each byte of the first header and of the first entry of the directory: whatever zipfile says of it."""
+    path = write(tmp_path / "heads.npz", arrays())
+    whole = path.read_bytes()
+    for start in (0, whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")):
+        damaged = bytearray(whole)
+        damaged[start + place] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            load_qkv(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_a_small_archive_that_asks_for_much(tmp_path):
+    """Zeros compress a thousandfold and no more: what is claimed beyond that is not there."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 27,)})
+    path = tmp_path / "heads.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in "qkv":
+            archive.writestr(f"{name}.npy", header.getvalue())
+    whole = bytearray(path.read_bytes())
+    size = len(header.getvalue())
+    at = whole.index(b"PK\x01\x02")
+    while at >= 0:  # the directory's sizes are those that are believed
+        assert int.from_bytes(whole[at + 24 : at + 28], "little") == size
+        whole[at + 24 : at + 28] = (size + (1 << 30)).to_bytes(4, "little")
+        at = whole.find(b"PK\x01\x02", at + 4)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="needs 1,073,741,824 bytes, the file holds"):
+        load_qkv(path)
+
+
+def test_zeros_that_were_compressed_are_read(tmp_path):
+    path = tmp_path / "heads.npz"
+    np.savez_compressed(path, **{name: np.zeros((1, 4096, 64), np.float32) for name in "qkv"})
+    assert all(not array.any() for array in load_qkv(path))

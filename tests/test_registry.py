@@ -1,7 +1,12 @@
 """The registry: entry points held in memory, so that every way a plugin can be wrong is tried."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -136,6 +141,46 @@ def test_the_listing_says_what_is_own_and_what_is_filled(install: Install) -> No
     assert abacus.native == ("exact_attention",)
     assert {*abacus.native, *abacus.generic} == {*KERNELS}
     assert (twin.name, twin.available, twin.native, twin.generic) == ("generic", True, KERNELS, ())
+
+
+def left_over(folder: Path, name: str, points: str, metadata: str | None) -> None:
+    made = folder / f"{name}-1.0.dist-info"
+    made.mkdir()
+    (made / "entry_points.txt").write_text(f"[{registry.GROUP}]\n{points}\n")
+    if metadata is not None:
+        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {metadata}\nVersion: 1.0\n")
+
+
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_broken_neighbours_are_listed_and_hide_nothing(tmp_path: Path, unreadable: bool) -> None:
+    """What uninstalling leaves behind, a plugin that ends the process, a line that is no entry point."""
+    left_over(tmp_path, "nothing_known", "unknown = unknown_plugin", None)
+    left_over(tmp_path, "~eft", "left = left_plugin", "~eft")
+    left_over(tmp_path, "exits", "exits = exits_plugin", "exits")
+    (tmp_path / "exits_plugin.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "unknown_plugin.py").write_text(f"API_VERSION = {registry.API_VERSION}\n")
+    if unreadable:
+        left_over(tmp_path, "broken", "no entry point at all", "broken")
+        left_over(tmp_path, "others", "", "others")
+        (tmp_path / "others-1.0.dist-info" / "entry_points.txt").write_text("[others.group]\nno entry point\n")
+    code = """
+import json, numpy as np, opoch_xp as ox
+from opoch_xp.cli.app import app
+assert ox.attention(*np.ones((3, 5, 2))).shape == (5, 2)
+app(["backends", "--json", "-"])
+"""
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = {entry["name"]: entry for entry in json.loads(ended.stdout)}
+    assert found["numpy"]["available"]
+    assert found["unknown"]["available"]
+    assert "No module named 'left_plugin'" in found["left"]["reason"]
+    assert "ended with SystemExit(3)" in found["exits"]["reason"]
+    assert ("cannot be read" in found["broken"]["reason"]) if unreadable else ("broken" not in found)
+    assert "others" not in found
 
 
 def test_library_names() -> None:

@@ -1,8 +1,15 @@
 """Threads of the NumPy plugin: the same bits whatever their number, and BLAS left as it was."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from _thread import interrupt_main
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from threading import Event, Timer, current_thread, main_thread
+from time import sleep
 
 import numpy as np
 import pytest
@@ -12,6 +19,7 @@ import opoch_xp as ox
 from opoch_xp.backends.numpy import thread_count, threads
 from opoch_xp.backends.numpy.pool import run
 from opoch_xp.testing import clustered, qkv
+from opoch_xp.threads import share
 
 METHODS = [ox.Exact(), ox.Treecode(block=64, leaf=4), ox.Treecode(group=16, iterations=0), ox.LSH(bits=4, tables=3)]
 
@@ -129,3 +137,121 @@ def test_tasks_come_back_in_order() -> None:
     with threads(4):
         assert run(lambda task: task * task, range(50)) == [task * task for task in range(50)]
         assert run(lambda task: task, []) == []
+
+
+def test_blas_is_held_whichever_thread_calls(two_blas_threads: list[int]) -> None:
+    held = [1] * len(two_blas_threads)
+    assert run(lambda _: blas_threads(), [0]) == [held]
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run, lambda _: blas_threads(), [0]).result() == [held]
+        assert blas_threads() == two_blas_threads
+    assert run(lambda _: blas_threads(), [0]) == [held]
+
+
+def test_ctrl_c_ends_a_call_after_the_tasks_that_run() -> None:
+    done = []
+
+    def task(number: int) -> None:
+        if number == 3:
+            signal.raise_signal(signal.SIGINT)  # taken by the main thread, between two of its tasks
+        sleep(0.01)
+        done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        share(task, range(1000), 2)
+    held = len(done)
+    assert held < 20
+    sleep(0.05)
+    assert len(done) == held, "no task runs any more"
+    share(done.append, range(10), 2)
+    assert len(done) == held + 10
+
+
+def test_ctrl_c_while_the_main_thread_waits() -> None:
+    begun, ended = Event(), Event()
+
+    def task(number: int) -> None:
+        if current_thread() is not main_thread():
+            begun.set()
+            sleep(0.3)
+            ended.set()
+        else:
+            assert begun.wait(30)
+
+    timer = Timer(0.1, interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        share(task, range(2), 2)
+    timer.join()
+    assert ended.is_set(), "raised once no task runs any more"
+
+
+def in_a_process(code: str) -> list[str]:
+    """The lines that a program prints which has x (3, 2000, 8) and an index of some of it."""
+    begin = (
+        "import atexit, os, sys, threading, time, numpy as np, opoch_xp as ox;"
+        "x = np.random.default_rng(0).standard_normal((3, 2000, 8)).astype('f4');"
+        "index = ox.LSHIndex(8, 4, 4); index.add(x[0])\n"
+    )
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", begin + textwrap.dedent(code)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    return ended.stdout.splitlines()
+
+
+def test_calls_after_the_end_of_the_main_thread() -> None:
+    lines = in_a_process(
+        """
+        def use():
+            print(ox.attention(x, x, x, causal=True).shape, index.search(x[1], 3).ids.shape)
+
+        def later():
+            threading.main_thread().join()
+            use()
+
+        atexit.register(use)
+        threading.Thread(target=later).start()
+        """
+    )
+    assert lines == ["(3, 2000, 8) (2000, 3)"] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_fork_while_other_threads_compute() -> None:
+    """The child can compute, and so can the parent, whatever other threads were about."""
+    lines = in_a_process(
+        """
+        going = True
+
+        def work():
+            while going:
+                index.search(x[1], 3, exact=True)
+                ox.attention(x, x, x)
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        ended = 0
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                index.search(x[1], 3, exact=True)
+                ox.attention(x, x, x)
+                os._exit(0)
+            for _ in range(600):
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    ended += status == 0
+                    break
+                time.sleep(0.05)
+            else:
+                os.kill(child, 9)
+        going = False
+        for thread in threads:
+            thread.join()
+        print(ended)
+        """
+    )
+    assert lines == ["10"]

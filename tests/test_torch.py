@@ -406,3 +406,143 @@ def test_results_equal_those_of_numpy() -> None:
     ours = ox.attention(*arrays, causal=True, method=opened)
     theirs = ox.attention(*(x.numpy() for x in arrays), causal=True, method=opened)
     assert np.abs(ours.numpy() - theirs).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_forward_mode_is_refused_and_the_generic_kernels_have_it() -> None:
+    q, k, v = qkv(2, grad=False)
+    tangent = torch.ones_like(q)
+    with torch.autograd.forward_ad.dual_level():
+        for name in range(3):
+            duals = [torch.autograd.forward_ad.make_dual(x, tangent) if i == name else x for i, x in enumerate((q, k, v))]
+            for method in (SMALL, ox.Exact(), BUCKETS, None):
+                with pytest.raises(NotImplementedError, match="no forward-mode derivative.* backend='generic'"):
+                    ox.attention(*duals, method=method)
+            with pytest.raises(ValueError, match="carries no tangents"):
+                ox.KVCache(SMALL).prefill(*duals)
+        dual = torch.autograd.forward_ad.make_dual(q, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(ox.attention(dual, k, v, method=SMALL, backend="generic")).tangent
+    step = 1e-6  # the choices that a treecode makes stay as they are in a step so small
+    ahead, behind = (ox.attention(q + s * tangent, k, v, method=SMALL, backend="generic") for s in (step, -step))
+    assert float((found - (ahead - behind) / (2 * step)).abs().max()) < 1e-7
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: ox.attention(q, k, v, method=SMALL), (q,), (tangent,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("scale", [None, 0.25])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_holds_the_operator(scale: float | None, grad: bool) -> None:
+    arrays = qkv(2, grad=grad)
+    traced = torch.jit.trace(lambda *x: ox.attention(*x, causal=True, scale=scale, method=SMALL), arrays)
+    others = qkv(2, n=77, seed=1)
+    right = ox.attention(*others, causal=True, scale=scale, method=SMALL)
+    assert torch.equal(traced(*others), right)
+
+
+def test_modes_see_the_operator() -> None:
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    arrays = qkv(2, grad=False)
+    right = ox.attention(*arrays, method=SMALL)
+    with Mode():
+        out = ox.attention(*arrays, method=SMALL)
+    assert "opoch_xp.attend.default" in seen
+    assert torch.equal(out, right)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces_the_operator(mode: str) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    arrays, others = qkv(2, grad=False), qkv(2, grad=False, seed=1)
+    graph = make_fx(lambda *x: ox.attention(*x, causal=True, method=SMALL), tracing_mode=mode)(*arrays)
+    assert torch.equal(graph(*others), ox.attention(*others, causal=True, method=SMALL))
+
+
+def test_a_head_size_may_be_dynamic_in_an_export() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            return ox.attention(q, k, v, causal=True, method=SMALL)
+
+    size = torch.export.Dim("size", min=2, max=64)
+    exported = torch.export.export(Model(), tuple(qkv(2, grad=False)), dynamic_shapes=[{2: size}] * 3)
+    others = qkv(2, d=9, grad=False)
+    assert torch.equal(exported.module()(*others), ox.attention(*others, causal=True, method=SMALL))
+
+
+def test_a_subclass_gets_the_operator_and_a_parameter_is_no_subclass() -> None:
+    class Own(torch.Tensor):
+        pass
+
+    q, k, v = qkv(2, grad=False)
+    right = ox.attention(q, k, v, method=SMALL)
+    out = ox.attention(q.as_subclass(Own), k, v, method=SMALL)
+    assert type(out) is Own
+    assert torch.equal(out.as_subclass(torch.Tensor), right)
+    with pytest.raises(ValueError, match="tol must look at numbers"):
+        ox.attention(q.as_subclass(Own), k, v, tol=0.1)
+    ox.attention(torch.nn.Parameter(q, requires_grad=False), k, v, tol=0.1)
+
+
+@pytest.mark.parametrize("backend", [None, "generic"])
+@pytest.mark.parametrize("method", [SMALL, ox.Exact(), BUCKETS, None], ids=repr)
+def test_views_that_say_that_they_are_negated(method: Any, backend: str | None) -> None:
+    plain = qkv(2, grad=False)
+    views = [torch.complex(x, -x).conj().imag for x in plain]
+    assert all(x.is_neg() for x in views)
+    right = ox.attend(*plain, causal=True, method=method, backend=backend)
+    found = ox.attend(*views, causal=True, method=method, backend=backend)
+    assert torch.equal(found.out, right.out)
+    assert torch.equal(found.lse, right.lse)
+    audits = [ox.audit(*x, causal=True, method=method, rows=8) for x in (plain, views) if method is not None]
+    assert len({str(audit.error) for audit in audits}) < 2
+    gradients = [torch.autograd.grad(ox.attention(*x, method=SMALL).sum(), x) for x in (map_grad(plain), map_grad(views))]
+    assert all(torch.equal(ours, other) for ours, other in zip(*gradients, strict=True))
+
+
+def map_grad(arrays: Any) -> list[Any]:
+    return [x.detach().requires_grad_() for x in arrays]
+
+
+def test_negated_views_in_a_cache_and_an_index() -> None:
+    q, k, v = qkv(2, grad=False)
+    negated = [torch.complex(x, -x).conj().imag for x in (q, k, v)]
+    found = []
+    for arrays in ((q, k, v), negated):
+        cache, index = ox.KVCache(SMALL), ox.LSHIndex(6, bits=2, tables=2)
+        index.add(arrays[1][0])
+        prompt = cache.prefill(*arrays)
+        found.append((prompt.out, cache.attend(arrays[0][:, -1:]).out, index.search(arrays[0][0], 3).scores))
+    assert all(torch.equal(ours, other) for ours, other in zip(*found, strict=True))
+
+
+def test_a_scale_may_be_an_array_of_one_number_and_no_parameter() -> None:
+    arrays = qkv(2, grad=False)
+    right = ox.attention(*arrays, scale=0.25, method=SMALL)
+    for scale in (torch.tensor(0.25), np.float32(0.25), np.array(0.25)):
+        assert torch.equal(ox.attention(*arrays, scale=scale, method=SMALL), right)
+    for scale, words in (
+        (torch.tensor([0.25]), r"tensor\(\[0.2500\]\)"),
+        (torch.tensor(0.25, requires_grad=True), "one that requires gradients: multiply q by it"),
+        (1j, "1j"),
+    ):
+        with pytest.raises(TypeError, match=f"scale must be a finite number, got {words}"):
+            ox.attention(*arrays, scale=scale, method=SMALL)
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), 30, 8), ((2, 0), 30, 8), ((2, 4), 0, 8), ((2, 4), 30, 0)], ids=str)
+@pytest.mark.parametrize("method", [SMALL, ox.Exact(), BUCKETS, None], ids=repr)
+def test_nothing_to_do_has_gradients_of_zero(method: Any, shapes: Any) -> None:
+    lead, n_q, width = shapes
+    arrays = [torch.ones(*lead, *s, requires_grad=True) for s in ((n_q, 8), (30, 8), (30, width))]
+    out = ox.attention(*arrays, method=method)
+    assert out.shape == (*lead, n_q, width)
+    for x, gradient in zip(arrays, torch.autograd.grad(out.sum(), arrays), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()

@@ -12,10 +12,11 @@ written for (1 where it says none), and unavailable(), why it cannot be used her
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -80,10 +81,39 @@ def namespace(name: str) -> Any:
     )
 
 
+def _points() -> Iterable[EntryPoint]:
+    """The entry points of the group; a distribution whose list of them cannot be read hides none of others."""
+    try:
+        return entry_points(group=GROUP)
+    except Exception:  # of a line in any group of any distribution
+        return [point for points in _each().values() for point in points if isinstance(point, EntryPoint)]
+
+
+def _each() -> dict[str, tuple[EntryPoint | Exception, ...]]:
+    """The entry points of the group by distribution, or why they cannot be read."""
+    found: dict[str, tuple[EntryPoint | Exception, ...]] = {}
+    for distribution in distributions():
+        name, _ = _named(distribution)
+        try:
+            points: Iterable[EntryPoint | Exception] = distribution.entry_points.select(group=GROUP)
+        except Exception as error:
+            points = (error,) if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or "") else ()
+        found.setdefault(name, tuple(points))  # the first on the path is the one that is imported
+    return found
+
+
+def _named(distribution: Distribution | None) -> tuple[str, str]:
+    """Name and version of a distribution; empty where it has none, as what an uninstallation left behind."""
+    try:
+        return (distribution.name or "", distribution.version or "") if distribution else ("", "")
+    except Exception:  # without METADATA, by version of Python
+        return "", ""
+
+
 @cache
 def _found() -> dict[str, tuple[EntryPoint, ...]]:
     found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in entry_points(group=GROUP):
+    for point in _points():
         known = found.setdefault(point.name, ())
         if all(point.value != other.value for other in known):  # one distribution may be on the path twice
             found[point.name] = (*known, point)
@@ -91,7 +121,8 @@ def _found() -> dict[str, tuple[EntryPoint, ...]]:
 
 
 def _origin(point: EntryPoint) -> str:
-    return f"{point.value} ({point.dist.name} {point.dist.version})" if point.dist else point.value
+    name, version = _named(point.dist)
+    return f"{point.value} ({name} {version})" if name else point.value
 
 
 def _module(name: str) -> Any:
@@ -103,7 +134,10 @@ def _module(name: str) -> Any:
             f"backend {name!r} is defined by more than one plugin: {', '.join(map(_origin, points))};"
             " uninstall all but one"
         )
-    return points[0].load()
+    try:
+        return points[0].load()
+    except SystemExit as error:
+        raise ImportError(f"backend {name!r}: the plugin {_origin(points[0])} ended with {error!r}") from error
 
 
 def _check_version(name: str, module: Any) -> None:
@@ -112,7 +146,7 @@ def _check_version(name: str, module: Any) -> None:
     if version == API_VERSION and type(version) is int:
         return
     [point] = _found()[name]
-    plugin = point.dist.name if point.dist else point.value
+    plugin = _named(point.dist)[0] or point.value
     cure = "its API_VERSION must be a whole number"
     if type(version) is int:
         older = "opoch-xp" if version > API_VERSION else plugin
@@ -156,7 +190,7 @@ def listed(name: str) -> Backend:
     """One of the installed backends; one that is broken has its reason."""
     points = _found().get(name, ())
     source = ", ".join(map(_origin, points)) or "opoch_xp.backends.generic"
-    version = points[0].dist.version if points and points[0].dist else ""
+    version = _named(points[0].dist)[1] if points else ""
     try:
         native = _kernels(name).native
         reason = getattr(_module(name), "unavailable", lambda: "")()
@@ -175,7 +209,20 @@ def installed() -> list[Backend]:
     >>> [backend.name for backend in ox.backends() if backend.available and backend.name in ("generic", "numpy")]
     ['generic', 'numpy']
     """
-    return [listed(name) for name in sorted({*_found(), "generic"})]
+    return [*map(listed, sorted({*_found(), "generic"})), *_unreadable()]
+
+
+def _unreadable() -> list[Backend]:
+    """Distributions that name backends in a list that cannot be read."""
+    try:
+        entry_points(group=GROUP)
+        return []
+    except Exception:
+        faults = {name: error for name, points in _each().items() for error in points if isinstance(error, Exception)}
+    return [
+        Backend(name, "entry_points.txt", "", False, f"its entry points cannot be read: {error}", (), ())
+        for name, error in faults.items()
+    ]
 
 
 class _Backends(ModuleType):

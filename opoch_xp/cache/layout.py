@@ -14,6 +14,7 @@ from opoch_xp.arguments import (
     check_finite_array,
     check_kind,
     check_mask,
+    detached,
     dtype_name,
     kernels_named,
     name_of,
@@ -22,7 +23,7 @@ from opoch_xp.arguments import (
     to_host,
 )
 from opoch_xp.backends import generic, library
-from opoch_xp.graphs import traced
+from opoch_xp.graphs import has_tangent, traced
 from opoch_xp.problem import sum_dtype
 
 Array = Any
@@ -105,6 +106,8 @@ def check_numbers(**arrays: Array) -> None:
             "a KVCache changes from call to call, which a traced function does not: append and attend outside jax.jit;"
             " with capacity= the kernels inside are compiled once"
         )
+    if has_tangent(*arrays.values()):
+        raise ValueError("a KVCache carries no tangents: append and attend outside of forward-mode differentiation")
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return
@@ -154,8 +157,7 @@ def _check_kind(layout: Layout, name: str, array: Array) -> None:
 
 def arranged(layout: Layout, x: Array) -> Array:
     """Keys or values (..., H_kv, m, d) as they are stored, (batch, H_kv, m, d)."""
-    if hasattr(x, "detach"):
-        x = x.detach()
+    x = detached(x)
     if layout.stored is not x.dtype:
         x = layout.xp.astype(x, layout.stored, copy=False)
     if layout.axes < 5:
@@ -166,8 +168,7 @@ def arranged(layout: Layout, x: Array) -> Array:
 def arranged_queries(layout: Layout, q: Array) -> Array:
     """Queries (..., H, n_q, d) as kernels take them, (batch, H_kv, repeat, n_q, d); what is not finite is NaN."""
     xp = layout.xp
-    if hasattr(q, "detach"):
-        q = q.detach()
+    q = detached(q)
     q = xp.astype(q, layout.stored, copy=False)
     if not layout.host or not _all_finite(xp, q):
         wide = xp.astype(q, layout.summed, copy=False)

@@ -1,7 +1,9 @@
 """Where the arrays of a cache lie: on the device, in host memory, or in files that are mapped into memory."""
 
+import errno
 import math
 import mmap
+import os
 import tempfile
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -78,10 +80,22 @@ class Memory:
     def _map(self, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
         size = math.prod(shape) * kind.itemsize
         with tempfile.TemporaryFile(dir=self.offload) as file:
-            file.truncate(size)  # without blocks of the disk until something is written
+            self._take(file.fileno(), size)
             held = mmap.mmap(file.fileno(), size)
         self._maps.add(held)
         return np.frombuffer(held, kind).reshape(shape)
+
+    def _take(self, file: int, size: int) -> None:
+        """Blocks of the disk for a whole file, now: where there are none, writing to what is mapped kills the process.
+        """
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, size)
+                return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of file systems that cannot
+                raise OSError(error.errno, f"{error.strerror}, for {size:,} bytes", str(self.offload)) from None
+        os.truncate(file, size)
 
     def read(self, size: int) -> None:
         """Notes that about `size` bytes of mapped files were read; their pages are given back from time to time."""

@@ -1,6 +1,7 @@
 """Command line: `opoch-xp wall`, `opoch-xp audit FILE`, `opoch-xp backends`. Needs the extra `cli`."""
 
 import sys
+from io import TextIOWrapper
 from importlib.util import find_spec
 
 
@@ -11,4 +12,7 @@ def main() -> None:
         sys.exit(f'opoch-xp needs {" and ".join(missing)}: pip install "opoch-xp[cli]"')
     from opoch_xp.cli.app import app
 
+    for stream in (sys.stdout, sys.stderr):  # a name of a file that they cannot write is no reason to lose figures
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="opoch-xp")

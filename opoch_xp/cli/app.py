@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import opoch_xp
+from opoch_xp.text import printable
 
 app = typer.Typer(
     help="Attention over sequences too long for exact attention, with its error measured.",
@@ -64,7 +65,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except typer.Exit:  # a RuntimeError too
             raise
         except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = printable(" ".join(str(error).split())) or type(error).__name__
             typer.echo(f"opoch-xp: {message}", err=True)
             raise typer.Exit(2) from None
 

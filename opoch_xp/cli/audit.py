@@ -11,6 +11,7 @@ from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.files import load_qkv
 from opoch_xp.measure import machine
 from opoch_xp.methods import Exact, Method
+from opoch_xp.text import name as name_of
 from opoch_xp.tune import many_tables, tune
 
 
@@ -29,10 +30,10 @@ def audit_file(file: Path, tol: float, causal: bool, seed: int, sink: Sink) -> N
         if not isinstance(chosen, Exact) and chosen not in [method for _, method in methods]:
             methods.append((None, chosen))
         rows = measure_rows(given, methods, begin)
-    sink.show(_table(file, given, rows, tol, chosen))
     shapes = {name: list(array.shape) for name, array in zip("qkv", (q, k, v), strict=True)}
     about = {"file": str(file), **shapes, "dtype": str(q.dtype), "causal": causal, "seed": seed, "machine": machine()}
     sink.write_json({**about, "tol": tol, "chosen": repr(chosen), "rows": [asdict(row) for row in rows]})
+    sink.show(_table(file, given, rows, tol, chosen))
 
 
 def _table(file: Path, given: Input, rows: list[Row], tol: float, chosen: Method) -> Table:
@@ -69,4 +70,4 @@ def _table(file: Path, given: Input, rows: list[Row], tol: float, chosen: Method
         best = min(faster, key=lambda row: row.seconds or 0.0)
         notes.append(f"Faster here, and within tol: {best.method}.")
     columns = ["method", "time", "speed-up", "extra memory", "error", "bound", "p99", "pairs"]
-    return Table(f"Methods on {file.name}", about, columns, cells, notes)
+    return Table(f"Methods on {name_of(file.name)}", about, columns, cells, notes)

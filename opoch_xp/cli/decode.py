@@ -146,8 +146,8 @@ def measure_decode(setup: Setup, sink: Sink) -> None:
     about |= {**asdict(setup), "sampled_steps": -(-setup.new // setup.every)}
     with tables.progress(2 + -(-setup.context // PIECE) + setup.new) as begin:
         rows = measure(setup, begin)
-    sink.show(table(rows, about, setup.every))
     sink.write_json({**about, "rows": [asdict(row) for row in rows]})
+    sink.show(table(rows, about, setup.every))
 
 
 def facts(backend: str, seed: int) -> dict[str, Any]:

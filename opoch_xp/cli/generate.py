@@ -19,6 +19,7 @@ from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.cli.wall import WINDOW
 from opoch_xp.data import byte_model
 from opoch_xp.methods import Exact, Method, Treecode
+from opoch_xp.text import printable as escaped
 from opoch_xp.workloads import HEADS_LIMIT
 
 Array = Any
@@ -170,12 +171,12 @@ def measure_text(setup: Text, sink: Sink) -> None:
         "text": byte_model.text_hash(tokens),
         "agree": agreement(bytes(writers[0].written), bytes(writers[-1].written)),
     }
+    sink.write_json({**about, "rows": [asdict(row) for row in rows]})
     sink.show(table(rows, about))
     sink.show_text("The end of the text", printable(tokens[-SHOWN:].tobytes()))
     for row in rows:
         if row.method != PRODUCT:  # which is Exact(), to rounding
             sink.show_text(f"How it goes on, {row.method}", row.written)
-    sink.write_json({**about, "rows": [asdict(row) for row in rows]})
 
 
 def text(setup: Text) -> tuple[np.ndarray, str]:
@@ -235,8 +236,7 @@ def agreement(a: bytes, b: bytes) -> int:
 
 def printable(data: bytes) -> str:
     """Bytes as text; those that are no UTF-8, and what a terminal might obey, as escapes."""
-    shown = data.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
+    return escaped(data.decode("utf-8", "backslashreplace"), kept="\n\t")
 
 
 COLUMNS = ["method", "bits/byte", "rows read", "time", "of it attention", "speed-up", "error", "p99"]

@@ -78,8 +78,6 @@ class Row:
 def measure_needles(setup: Setup, sink: Sink) -> None:
     """Measure and show a table for every size; write the figures where the sink wants them."""
     found = results(setup)
-    for result in found:
-        sink.show(table(result))
     sink.write_json(found)
     sink.write_csv(
         [
@@ -88,6 +86,8 @@ def measure_needles(setup: Setup, sink: Sink) -> None:
             for row in result["rows"]
         ]
     )
+    for result in found:
+        sink.show(table(result))
 
 
 def results(setup: Setup) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from opoch_xp.methods import LSH, Method
-from opoch_xp.writing import check_target, whole_file
+from opoch_xp.writing import check_target, replaceable, whole_file
 
 STDOUT = "-"
 GUTTER = 2  # spaces between columns
@@ -40,8 +40,9 @@ class Table:
 class Sink:
     """Where a command's results go: tables to stdout, and the same figures to a JSON or CSV file if one was named.
 
-    "-" is stdout; tables then go to stderr. Raises FileNotFoundError or IsADirectoryError before anything is measured
-    when a file cannot stand where it was named, ValueError when two are named alike.
+    "-" is stdout; tables then go to stderr. Commands write before they show: what was measured is not lost to a stdout
+    that takes no more. Raises FileNotFoundError, IsADirectoryError or PermissionError before anything is measured when
+    a file cannot be written where it was named, ValueError when two are named alike.
     """
 
     def __init__(self, json_path: Path | None = None, csv_path: Path | None = None) -> None:
@@ -86,9 +87,9 @@ class Sink:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         self.console.file.write(f"{title}\n\n{fence}text\n{text}\n{fence}\n\n")
 
-    def write_json(self, results: Any) -> None:
-        """The figures of every table, whole or not at all."""
-        if self.json_path is None:
+    def write_json(self, results: Any, done: bool = True) -> None:
+        """The figures of every table, whole or not at all; of those so far, where a file can take them back."""
+        if self.json_path is None or not (done or _is_file(self.json_path)):
             return
         _write(self.json_path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
@@ -109,7 +110,11 @@ def _write(path: Path, text: str) -> None:
         print(text, end="")
         return
     with whole_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))  # names of files that are no UTF-8
+
+
+def _is_file(path: Path) -> bool:
+    return str(path) != STDOUT and replaceable(path)
 
 
 def _finite(figures: Any) -> Any:

@@ -117,9 +117,9 @@ def measure_wall(setup: Setup, sink: Sink) -> None:
     for plan in planned:
         with tables.progress(plan.steps) as begin:
             rows, about = measure(plan, begin)
-        sink.show(table(plan, rows, about))
         results.append({**about, "rows": [asdict(row) for row in rows]})
-    sink.write_json(results)
+        sink.write_json(results, done=plan is planned[-1])
+        sink.show(table(plan, rows, about))
 
 
 def measure(plan: Plan, begin: Begin) -> tuple[list[Row], dict[str, Any]]:

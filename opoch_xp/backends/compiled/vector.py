@@ -7,14 +7,15 @@ meaning.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from warnings import warn
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, entrypoints
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import carray
 
@@ -33,9 +34,52 @@ LN2 = (0.693359375, -2.12194440e-4)  # in two parts
 LOG = (-0.0543709336, 0.433932442, -1.44059216, 2.79283652, -1.73172644)
 
 
+with suppress(Exception):  # what Numba does once before it compiles, and gives up on metadata that cannot be read
+    entrypoints.init_all()
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Machine code for the processor at hand, which runs without the interpreter's lock and is kept on disk."""
-    return njit(cache=True, nogil=True, error_model="numpy", fastmath=FLAGS)(function)
+    """Machine code for the processor at hand, which runs without the interpreter's lock and is kept on disk, where a
+    folder may be written; a warning says so where none may."""
+    made = njit(nogil=True, error_model="numpy", fastmath=FLAGS)(function)
+    try:
+        made.enable_caching()
+    except RuntimeError:
+        _tell_not_kept("no folder for it may be written")
+    else:
+        made._cache = _Kept(made._cache)
+    return made
+
+
+class _Kept:
+    """Numba's cache of a function; where the disk takes nothing, machine code is this process's alone."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            self.cache.save_overload(*arguments)
+        except OSError as error:
+            _tell_not_kept(str(error))
+
+
+_told: list[str] = []
+
+
+def _tell_not_kept(reason: str) -> None:
+    """One warning a process, whatever the number of functions."""
+    if not _told:
+        _told.append(reason)
+        warn(
+            f"machine code is not kept on disk, so that every process compiles it anew, for about a minute: {reason};"
+            " set the environment variable NUMBA_CACHE_DIR to a folder that may be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,15 +7,15 @@ another and BLAS keeps its own threads.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import count
 from math import prod
-from threading import Lock
+from threading import Lock, get_ident, local
 from typing import Any, TypeVar
 
 import numpy as np
+
+from opoch_xp.threads import call, share
 
 try:
     from threadpoolctl import OpenBLASController, ThreadpoolController
@@ -70,50 +70,55 @@ class _OneBlasThread:
         self.lock, self.inside = Lock(), 0
         self.controller: Any = None
         self.limit: Any = None
-
-    def hold(self) -> Any:
-        """Set the limit; where BLAS is built on OpenMP it is each thread's own, so a worker calls this as well."""
-        return self.controller.limit(limits=1, user_api="blas")
+        self.workers = local()
 
     def __enter__(self) -> None:
         with self.lock:
             self.inside += 1
             if self.inside == 1 and ThreadpoolController is not None:
                 self.controller = self.controller or ThreadpoolController()
-                self.limit = self.hold()
+                _free_blas()
+                self.limit = self._hold()
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
             self.inside -= 1
             if self.inside == 0 and self.limit is not None:
-                # the last call out may come from another thread than the first one in, which alone may set the limit
-                getattr(OpenBLASController, "clear_controlling_thread", lambda force: None)(force=True)
+                _free_blas()  # the last call out may come from another thread than the first one in
                 self.limit.restore_original_limits()
                 self.limit = None
+                _free_blas()
+
+    def _hold(self) -> Any:
+        return self.controller.limit(limits=1, user_api="blas")
+
+    def hold_worker(self) -> None:
+        """Where BLAS is built on OpenMP the limit is each thread's own: a worker sets it, once and for good."""
+        if not hasattr(self.workers, "limit"):
+            self.workers.limit = self._hold()
+
+
+def _free_blas() -> None:
+    """Let any thread set BLAS's number: threadpoolctl leaves that to the thread that did it first, while it lives."""
+    getattr(OpenBLASController, "clear_controlling_thread", lambda force: None)(force=True)
 
 
 _one_blas_thread = _OneBlasThread()
 
 
 def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
-    """[function(task) for task in tasks], over the threads, floating-point warnings off. The first error is raised."""
-    tasks = list(tasks)
+    """[function(task) for task in tasks], over the threads, floating-point warnings off: see opoch_xp.threads.share."""
+    tasks, caller = list(tasks), get_ident()
     results: list[Any] = [None] * len(tasks)
-    numbers = count()
 
-    def work() -> None:
+    def work(number: int) -> None:
+        if get_ident() != caller:
+            _one_blas_thread.hold_worker()
         with np.errstate(all="ignore"):
-            while (number := next(numbers)) < len(tasks):
-                results[number] = function(tasks[number])
+            results[number] = function(tasks[number])
 
-    workers = min(thread_count() if ThreadpoolController else 1, len(tasks))
-    with _one_blas_thread:
-        if workers <= 1:
-            work()
-        else:
-            with ThreadPoolExecutor(workers, initializer=_one_blas_thread.hold) as pool:
-                for future in [pool.submit(work) for _ in range(workers)]:
-                    future.result()
+    with call(), _one_blas_thread:
+        share(work, range(len(tasks)), thread_count() if ThreadpoolController else 1)
     return results
 
 

@@ -5,16 +5,19 @@ the numbers of its fields. A gradient is recomputed from q, k, v and the lse, so
 """
 
 import math
+import warnings
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from opoch_xp.arguments import check_arrays, prepare, restore
 from opoch_xp.backends.torch.exact import exact_backward
 from opoch_xp.backends.torch.lsh_gradients import lsh_backward
 from opoch_xp.backends.torch.tree_gradients import forest_backward
+from opoch_xp.cost import visible_pairs
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import choose, solve
@@ -24,6 +27,7 @@ from opoch_xp.treecode.tree import Tree
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # out, lse, figures, seen
 Gradients = tuple[Tensor, Tensor, Tensor]
 
+PLAIN = (Tensor, torch.nn.Parameter)  # types of arrays; a subclass may compute otherwise
 KINDS = (Exact, LSH, Treecode)
 PARTS = {Exact: ("local",), LSH: ("near", "far")}  # rows of a report by part, in their places among the figures
 TREE_PARTS = ("local", "sinks", "nodes", "keys")  # of a treecode, and of a method that is chosen when it runs
@@ -81,17 +85,30 @@ def tier_sizes(method: Method | None, n_k: int) -> int:
 
 
 def follows(*arrays: Any) -> bool:
-    """Whether PyTorch follows what is computed from these arrays: for gradients, to compile or batch it, or to cast."""
-    return opaque(*arrays) or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or casts(arrays[0])
+    """Whether PyTorch follows what is computed from these arrays: for gradients or tangents, to compile, trace or batch
+    it, to cast, or for a mode or a subclass of its user's."""
+    if opaque(*arrays) or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or casts(arrays[0]):
+        return True
+    return has_tangent(*arrays)
 
 
 def opaque(*arrays: Any) -> bool:
-    """Whether the arrays hold no numbers that could be looked at: compiled, batched by torch.func, or shapes alone."""
+    """Whether the arrays hold no numbers that could be looked at, or someone waits for the operator: compiled, traced,
+    batched by torch.func, under a mode that sees every operator, of a subclass, or shapes alone."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or _transformed()
-        or any(x.device.type == "meta" or type(x).__name__ == "FakeTensor" for x in arrays)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(x.device.type == "meta" or type(x) not in PLAIN for x in arrays)
     )
+
+
+def has_tangent(*arrays: Any) -> bool:
+    """Whether forward-mode differentiation follows one of the arrays."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in arrays)
 
 
 def _transformed() -> bool:
@@ -116,16 +133,21 @@ def without_casts(array: Tensor) -> torch.autocast:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, method: list[int]
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int]
 ) -> Gradients:
-    """out (..., H, n_q, d_v), lse (..., H, n_q), and figures of the report, for `report_of`: see opoch_xp.attend."""
+    """out (..., H, n_q, d_v), lse (..., H, n_q), and figures of the report, for `report_of`: see opoch_xp.attend.
+
+    scale None is q.shape[-1] ** -0.5. Raises NotImplementedError for arrays that carry a tangent.
+    """
+    if has_tangent(q, k, v):
+        _refuse_tangents()
     run = _Attend.apply if _transformed() else attend_operator
     return run(q, k, v, key_mask, causal, scale, method)[:3]
 
 
 @torch.library.custom_op("opoch_xp::attend", mutates_args=())
 def attend_operator(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, method: list[int]
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int]
 ) -> Outputs:
     """`attend` on arrays that hold numbers; and seen (..., H, n_q, tiers), the log of the mass that each query had read
     before the trees of each tier, -inf where it reads none of them."""
@@ -147,7 +169,7 @@ def attend_operator(
 
 
 @attend_operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, causal: bool, scale: float, method: list[int]) -> Outputs:
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, causal: bool, scale: float | None, method: list[int]) -> Outputs:
     check_arrays(q, k, v, key_mask)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:-1], dtype=wide)
@@ -158,7 +180,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, causal: bool, scale: float
 @torch.library.custom_op("opoch_xp::attend_backward", mutates_args=())
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, seen: Tensor, dout: Tensor,
-    dlse: Tensor, causal: bool, scale: float, method: list[int],
+    dlse: Tensor, causal: bool, scale: float | None, method: list[int],
 ) -> Gradients:  # fmt: skip
     """Gradients of q, k and v."""
     problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
@@ -182,6 +204,14 @@ def _like(x: Tensor, like: Tensor) -> Tensor:
 @attend_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def exact_rows(q: Tensor, k: Tensor, causal: bool) -> float:
+    """Rows that exact attention reads a query, as a report has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # torch.jit.trace has tensors for sizes
+        n_q, n_k = int(q.shape[-2]), int(k.shape[-2])
+    return visible_pairs(n_q, n_k, causal) / max(n_q, 1)
 
 
 def report_of(method: Method | None, figures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -225,6 +255,12 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor) -> tuple[An
     return (*run(*ctx.saved_tensors, dout, dlse, *ctx.options), None, None, None, None)
 
 
+def _refuse_tangents(*_: Any) -> None:
+    raise NotImplementedError(
+        "opoch_xp.attention has no forward-mode derivative: differentiate backward, or use backend='generic'"
+    )
+
+
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError(
         "opoch_xp.attention can be differentiated once, not twice: its gradient has no gradient of its own; use"
@@ -247,6 +283,7 @@ class _Attend(torch.autograd.Function):
 
     setup_context = staticmethod(_keep)
     backward = staticmethod(_differentiate)
+    jvp = staticmethod(_refuse_tangents)
 
 
 class _AttendBackward(torch.autograd.Function):
