@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
+    CompileConfig,
     AttentionInterface,
     AutoTokenizer,
     BartConfig,
@@ -163,6 +164,104 @@ def test_gradients_equal_eager() -> None:
         found.append({key: p.grad for key, p in model.named_parameters()})
     for key, eager in found[0].items():
         assert float((found[1][key] - eager).norm()) <= SUMS * float(eager.norm()), key
+
+
+@pytest.fixture
+def fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("given", ["nothing", "ones", "left", "right"])
+@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("name", ["opoch_exact", "opoch_treecode"])
+def test_compiled_models_equal_eager(name: str, make: Any, given: str) -> None:
+    """Whole, in one graph: masks are not read back where there is nothing to read."""
+    tokens, mask = batch("none" if given in ("nothing", "ones") else given)
+    given = {} if given == "nothing" else {"attention_mask": mask}
+    with torch.no_grad():
+        eager = make("eager")(input_ids=tokens, **given)[0]
+        compiled = torch.compile(make(name), fullgraph=True, backend="aot_eager")(input_ids=tokens, **given)[0]
+    np.testing.assert_allclose(real(compiled, mask), real(eager, mask), atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_a_compiled_step_of_training_equals_eager(side: str) -> None:
+    tokens, mask = batch(side)
+    given = {} if side == "none" else {"attention_mask": mask}
+    found = []
+    for name in ("eager", "opoch_exact"):
+        model = llama(name).train()
+        run = model if name == "eager" else torch.compile(model, fullgraph=True, backend="aot_eager")
+        told = (mask > 0) & (mask.roll(1, 1) > 0)  # what is said after padding is nobody's concern
+        loss = run(input_ids=tokens, labels=torch.where(told, tokens, -100), use_cache=False, **given).loss
+        loss.backward()
+        found.append((loss.detach(), model.model.layers[0].self_attn.q_proj.weight.grad))
+    for ours, right in zip(*found, strict=True):
+        assert float((ours - right).norm()) <= SUMS * float(right.norm())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_packed_sequences_are_found_when_a_compiled_model_runs() -> None:
+    """Without a mask and a cache transformers asks for that of packed sequences, whatever the positions turn out to be."""
+    tokens, _ = batch("none")
+    model = torch.compile(llama("opoch_exact"), fullgraph=True, backend="aot_eager")
+    places = torch.arange(TOKENS).expand(2, -1)
+    with torch.no_grad():
+        eager = llama("eager")(input_ids=tokens, use_cache=False)[0]
+        np.testing.assert_allclose(model(tokens, position_ids=places, use_cache=False)[0], eager, atol=1e-4)
+        for start in (1, 30, TOKENS - 1):
+            packed = torch.where(places < start, places, places - start)
+            with pytest.raises(RuntimeError, match="packed sequences"):
+                model(tokens, position_ids=packed, use_cache=False)
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_exported_models_equal_eager(make: Any) -> None:
+    tokens, mask = batch("left")
+    given = {"attention_mask": mask, **({"use_cache": False} if make is llama else {})}
+    exported = torch.export.export(make("opoch_exact"), (tokens,), given, strict=False)
+    with torch.no_grad():
+        eager, ours = make("eager")(tokens, **given)[0], exported.module()(tokens, **given)[0]
+    np.testing.assert_allclose(real(ours, mask), real(eager, mask), atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("how", ["as it is", "forward compiled", "steps compiled"])
+def test_generation_with_a_static_cache(how: str, side: str) -> None:
+    tokens, mask = batch(side)
+    given: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    eager = llama("eager").generate(tokens, attention_mask=mask, **given)
+    model = llama("opoch_exact")
+    if how == "forward compiled":
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+    elif how == "steps compiled":
+        given["compile_config"] = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+        given["compile_config"]._compile_all_devices = True  # on CPUs too
+    assert torch.equal(model.generate(tokens, attention_mask=mask, **given), eager)
+
+
+def test_a_window_that_holds_everything_changes_nothing() -> None:
+    tokens, mask = batch("left")
+    found = {}
+    for name in ("eager", "opoch_exact"):
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=TOKENS, attn_implementation=name,
+        )  # fmt: skip
+        model = MistralForCausalLM(config).eval()
+        with torch.no_grad():
+            found[name] = model(input_ids=tokens, attention_mask=mask)[0]
+            if name != "eager":
+                more = torch.cat([tokens, tokens[:, :1]], 1)
+                with pytest.raises(NotImplementedError, match=r"neither causal nor full \(a sliding"):
+                    model(input_ids=more, attention_mask=torch.ones_like(more))
+    np.testing.assert_allclose(real(found["opoch_exact"], mask), real(found["eager"], mask), atol=1e-4)
 
 
 def test_what_cannot_be_honoured_is_refused() -> None:

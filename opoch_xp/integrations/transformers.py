@@ -17,15 +17,22 @@ With a cache of transformers a decoding step is attention over all keys. `Treeco
     model.generate(..., past_key_values=transformers.TreecodeCache())
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from opoch_xp.attention import attention
+from opoch_xp.backends.torch.operator import opaque
 from opoch_xp.integrations.transformers_cache import TreecodeCache, read_back, step_of
 from opoch_xp.methods import Method
 from opoch_xp.solve import check_method
@@ -33,6 +40,11 @@ from opoch_xp.solve import check_method
 __all__ = ["TreecodeCache", "key_mask", "register"]
 
 RESERVED = ("sdpa", "flex_attention", "/", "eager", "paged")  # what transformers looks for in a name
+COMPOSED = and_masks().__qualname__  # of a mask that is the intersection of others
+OTHER_MASK = (
+    "the model asks for a mask that is neither causal nor full (a sliding or chunked window, packed sequences, or one of"
+    " its own), which opoch_xp does not have; use attn_implementation='eager' or 'sdpa'"
+)
 WITHOUT_EFFECT = {  # on attention, of the keywords that models hand through
     "cache_position", "is_causal", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "past_key_values",
     "position_embeddings", "position_ids", "return_dict", "token_type_ids", "use_cache",
@@ -65,16 +77,25 @@ def key_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: Any = "cpu",
+    local_size: int | None = None,
     **others: Any,
 ) -> Tensor:
-    """The mask of keys of the module docstring; bool, True = keep. attention_mask (batch, keys) is the padding mask."""
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise NotImplementedError(
-            "the model asks for a mask that is neither causal nor full (a sliding or chunked window, packed sequences,"
-            " or one of its own), which opoch_xp does not have; use attn_implementation='eager' or 'sdpa'"
-        )
+    """The mask of keys of the module docstring; bool, True = keep. attention_mask (batch, keys) is the padding mask.
+
+    Compiled or traced, no number is looked at: a mask of keys that are all kept stays one, and what can only be seen
+    when the model runs is checked by the graph.
+    """
+    traced = opaque(*(() if attention_mask is None else (attention_mask,)))
     causal = mask_function is causal_mask_function
+    if traced and isinstance(q_offset, Tensor):  # a static cache
+        return _of_one(batch_size, q_length, kv_length, q_offset, kv_offset, causal, attention_mask)
     start = int(kv_offset)
+    if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
+        causal = True
+        if traced and mask_function.__qualname__ == COMPOSED:
+            _check_when_run(mask_function, batch_size, q_length, int(q_offset), start, device)
+        elif not _within_window(mask_function, local_size, int(q_offset) + q_length):
+            raise NotImplementedError(OTHER_MASK)
     seen = int(q_offset) + q_length - start if causal else kv_length  # a static cache is longer than what it holds
     if causal and attention_mask is not None and attention_mask.shape[1] < start + seen:
         raise ValueError(
@@ -86,9 +107,52 @@ def key_mask(
     else:
         padding = attention_mask[:, start : start + seen].to(torch.bool)
         padding = torch.nn.functional.pad(padding, (0, seen - padding.shape[1]), value=False)
-        kept = read_back(padding)
-        padding = padding[:0] if kept.all() else padding
+        if not traced and read_back(padding).all():
+            padding = padding[:0]
     return padding if causal else padding[:, None, None, :]
+
+
+def _of_one(
+    batch: int, q_length: int, kv_length: int, q_offset: Tensor, kv_offset: Any, causal: bool, padding: Tensor | None
+) -> Tensor:
+    """The mask of keys for one token whose position is known when the graph runs."""
+    if not causal or q_length > 1:
+        raise NotImplementedError(
+            f"a static cache can be compiled for one token at a time and a causal mask, got {q_length} tokens: compile"
+            " the steps of decoding alone, as generate does"
+        )
+    keys = torch.arange(kv_length, device=q_offset.device) + kv_offset
+    kept = (keys <= q_offset).expand(batch, kv_length)
+    if padding is not None and padding.shape[0]:
+        more = max(0, kv_length - padding.shape[1])
+        kept = kept & torch.nn.functional.pad(padding.to(torch.bool), (0, more), value=False)[:, :kv_length]
+    return kept[:, None, None, :]
+
+
+def _within_window(mask_function: Callable[..., Any], size: int | None, seen: int) -> bool:
+    """Whether the mask is a causal window that holds all the keys there are."""
+    if size is None or seen > size or mask_function.__qualname__ != COMPOSED:
+        return False
+    window = sliding_window_causal_mask_function(size)
+    parts, ours = (inspect.getclosurevars(f).nonlocals["mask_functions"] for f in (mask_function, window))
+    return [part.__qualname__ for part in parts] == [part.__qualname__ for part in ours]
+
+
+def _check_when_run(
+    mask_function: Callable[..., Any], batch: int, q_length: int, q_offset: int, kv_offset: int, device: Any
+) -> None:
+    """Have the graph check that the mask is causal: transformers cannot see while it is compiled that positions do not
+    restart, and asks for the mask of packed sequences. Each query sees itself, the first key and those at distances of
+    powers of two, and not the next one."""
+    rows = torch.arange(batch, device=device)[:, None]
+    i = q_offset + torch.arange(q_length, device=device)
+    head = torch.zeros((), dtype=torch.long, device=device)
+    steps = [0, *(1 << power for power in range((q_offset + q_length).bit_length())), q_offset + q_length]
+    last = q_offset + q_length - 1
+    for step in steps:
+        torch._assert_async(mask_function(rows, head, i, (i - step).clamp(min=kv_offset)).all(), OTHER_MASK)
+    beyond = mask_function(rows, head, i, (i + 1).clamp(max=last)) & (i < last)
+    torch._assert_async(~beyond.any(), OTHER_MASK)
 
 
 def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
@@ -106,10 +170,10 @@ def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
         step = step_of(key, value)
         if step is not None:
             with step.taken():
-                _refuse(dropout, others)
+                _refuse(dropout, others, 0 if attention_mask is None else attention_mask.shape[-1])
                 columns = _columns(module, attention_mask, query.shape, others.get("is_causal"))
                 return step.attend(query, columns, scaling).transpose(1, 2).contiguous(), None
-        _refuse(dropout, others)
+        _refuse(dropout, others, key.shape[2])
         causal, kept = _read(module, attention_mask, query.shape, key.shape[2], others.get("is_causal"))
         if kept is not None:
             key, value = key[:, :, : kept.shape[1]], value[:, :, : kept.shape[1]]
@@ -151,12 +215,14 @@ def _columns(module: Any, mask: Tensor | None, shape: torch.Size, is_causal: boo
     return kept
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
+def _refuse(dropout: float, others: dict[str, Any], keys: int) -> None:
     if dropout:
         raise NotImplementedError(
             f"attention dropout must be 0, got {dropout}: set the model's attention dropout to 0, or call model.eval()"
         )
     for name, value in others.items():
+        if name == "sliding_window" and value is not None and value >= keys:
+            continue
         if value is not None and value is not False and name not in WITHOUT_EFFECT:
             raise NotImplementedError(
                 f"opoch_xp's attention cannot honour {name}={value if not isinstance(value, Tensor) else 'a tensor'};"

@@ -198,19 +198,22 @@ def attend_backward(
 
 
 def _like(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(like.shape).to(like.dtype)
+    return x.reshape(like.shape).to(like.dtype).contiguous()
 
 
 @attend_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def exact_rows(q: Tensor, k: Tensor, causal: bool) -> float:
     """Rows that exact attention reads a query, as a report has them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # torch.jit.trace has tensors for sizes
-        n_q, n_k = int(q.shape[-2]), int(k.shape[-2])
+    n_q, n_k = q.shape[-2], k.shape[-2]
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # which has tensors for sizes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            n_q, n_k = int(n_q), int(n_k)
     return visible_pairs(n_q, n_k, causal) / max(n_q, 1)
 
 
