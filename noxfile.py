@@ -37,8 +37,11 @@ def files(*names: str) -> list[str]:
 
 # What compiled kernels compute, and what stands in for them where Numba is not installed.
 TREES = files("attention", "audit", "compiled", "exact", "threads", "torch", "treecode")
-# What takes arrays of a caller's.
-ARRAYS = files("attention", "audit", "buckets", "cache", "exact", "explain", "hashing", "index", "treecode")
+# What takes arrays of a caller's; the other files say the same whatever the arrays, and run once.
+ARRAYS = files(
+    "attention", "audit", "buckets", "cache", "cache_file", "exact", "explain", "hashing", "index", "index_file", "law",
+    "treecode",
+)  # fmt: skip
 # What JAX's kernels compute: every shape that a test comes up with is compiled, so not all of the suite,
 # and a process for each file: XLA's compiler dies after some thousands of programs in one.
 JAX = files("exact", "hashing", "jax", "treecode")
@@ -64,12 +67,13 @@ TORCH, CUPY = ["--backend", "torch"], ["--backend", "cupy", "--device", "cuda"]
 backend("numpy", "test", "The suite through the NumPy plugin, without Numba.", ([], {}))
 backend("compiled", "test-compiled", "What Numba compiles, through the NumPy plugin.", (TREES, {}))
 backend(
-    "strict", "test", "The generic kernels under array-api-strict, its strictest flags.", (["--backend", "strict"], {})
-)
+    "strict", "test", "The generic kernels under array-api-strict, its strictest flags.",
+    (["--backend", "strict", *ARRAYS], {}),
+)  # fmt: skip
 backend("readonly", "test", "NumPy arrays that may not be written.", (["--backend", "readonly", *ARRAYS], {}))
 backend(
     "torch", "test-torch", "The PyTorch plugin on a CPU, compiled, and plain where that differs.",
-    (TORCH, {}), ([*TORCH, *TREES], PLAIN),
+    ([*TORCH, *ARRAYS, *files("fused", "testing", "torch")], {}), ([*TORCH, *TREES], PLAIN),
 )  # fmt: skip
 backend(
     "jax", "test-jax", "The JAX plugin: jit, grad, vmap; slow.",

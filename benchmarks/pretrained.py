@@ -44,6 +44,8 @@ SCORED = 1024  # tokens whose probabilities are computed at a time
 SOURCES = (
     "argparse", "ast", "bdb", "calendar", "cmd", "codecs", "configparser", "copy", "csv", "datetime", "_pydecimal",
 )  # fmt: skip
+SCORES = ("loss added (nats)", "KL to exact", "top-1 agrees", "loss")  # columns
+Scores = dict[tuple[str, str], list[Any]]  # by text and method
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, float]]]  # (1, H, n, d) tensors; out, rows read
 
 
@@ -258,8 +260,7 @@ class Reading:
 
     @property
     def label(self) -> str:
-        """The name of the text, and a hash of its tokens."""
-        return f"{self.name} {hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:8]}"
+        return labelled(self.name, self.ids)
 
     def taken(self, method: Method) -> tuple[list[Any], list[Any]]:
         """What the first pass tells of a method: seconds and times faster; errors and rows."""
@@ -278,12 +279,29 @@ class Reading:
             times, errors = self.taken(method)
             table.add(self.label, method.name, *times, *scores, *errors, loss + scores[0])
 
-    def keep(self, rows: list[list[Any]], table: Table) -> None:
-        """The same with the scores of rows that a table had: the columns from 4 to 6, and the last."""
+    def keep(self, scored: Scores, table: Table) -> None:
+        """The same with the scores that a table had."""
         for method in self.methods:
-            old = next(row for row in rows if row[:2] == [self.label, method.name])
+            *scores, loss = scored[self.label, method.name]
             times, errors = self.taken(method)
-            table.add(self.label, method.name, *times, *old[4:7], *errors, old[-1])
+            table.add(self.label, method.name, *times, *scores, *errors, loss)
+
+
+def labelled(name: str, ids: Tensor) -> str:
+    """The name of a text, and a hash of its tokens."""
+    return f"{name} {hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:8]}"
+
+
+def kept(table: Table, model: Model) -> Scores:
+    """The scores of the table as it was, of every text and method; KeyError before anything is measured where one is
+    not there."""
+    held = json.loads((RESULTS / f"{table.name}.json").read_text())
+    places = [held["columns"].index(name) for name in SCORES]
+    found = {(row[0], row[1]): [row[place] for place in places] for row in held["rows"]}
+    for name, text in texts().items():
+        for method in methods(model.tokens):
+            found[labelled(name, model.ids(text)), method.name]
+    return found
 
 
 def main() -> None:
@@ -292,16 +310,15 @@ def main() -> None:
     torch.set_num_threads(thread_count())
     title = f"SmolLM2-135M-Instruct, all {LAYERS} layers, {tokens:,} tokens, causal; the second half scored"
     columns = [
-        "text", "method", f"attention, {measured(tokens)} layers (s)", "times faster than SDPA", "loss added (nats)",
-        "KL to exact", "top-1 agrees", "mean error of a head", "worst head", "p99 of a query", "missed", "local",
-        "sinks", "nodes", "keys", "loss",
+        "text", "method", f"attention, {measured(tokens)} layers (s)", "times faster than SDPA", *SCORES[:3],
+        "mean error of a head", "worst head", "p99 of a query", "missed", "local", "sinks", "nodes", "keys", SCORES[3],
     ]  # fmt: skip
     table, model = Table(f"pretrained-{tokens}", title, columns), Model(tokens)
-    scored = json.loads((RESULTS / f"{table.name}.json").read_text())["rows"] if "times" in sys.argv else []
+    scored = kept(table, model) if "times" in sys.argv else None
     readings = [Reading.of(model, name, text) for name, text in texts().items()]
     print("all times are taken: other work may go on", file=sys.stderr)
     for reading in readings:
-        if scored:
+        if scored is not None:
             reading.keep(scored, table)
         else:
             reading.score(model, table)

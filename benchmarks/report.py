@@ -19,8 +19,8 @@ seconds; a ratio above 1 means faster than the yardstick.
 SmolLM2-135M with the attention of all its layers replaced; of each method the worst of the texts, a point a setting,
 what is below 0.0001 drawn there. Left and low is better. At 32,768 tokens positions are scaled beyond what the model
 was trained for: its loss is no better than with a window there, and the divergence from exact is what tells. The
-tables have every figure, - where a text was timed and not scored: *missed* is the mean of min(1, squared relative
-error) of single queries; *local*, *sinks*, *nodes* and *keys* are the rows that a query reads.
+tables have every figure: *missed* is the mean of min(1, squared relative error) of single queries; *local*, *sinks*,
+*nodes* and *keys* are the rows that a query reads.
 """
 
 

@@ -1,6 +1,6 @@
 """From the caller's arguments to a Problem: every check in the caller's words, then one layout for all kernels."""
 
-from numbers import Real
+from numbers import Complex, Real
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,9 @@ def check_scale(scale: float | None, dim: int) -> float:
     if getattr(scale, "requires_grad", False):
         raise TypeError("scale must be a finite number, got one that requires gradients: multiply q by it instead")
     try:
-        if not isinstance(scale, Real | None) and (not hasattr(scale, "__float__") or getattr(scale, "shape", ())):
+        if not isinstance(scale, Real | None) and (
+            not hasattr(scale, "__float__") or isinstance(scale, Complex) or len(getattr(scale, "shape", ()))
+        ):
             raise TypeError
         number = float(dim**-0.5 if scale is None else scale)
     except TypeError:

@@ -4,15 +4,14 @@ Nothing in a file is trusted: no pickles, and every size is checked against the 
 taken. Errors name the file and what was expected.
 """
 
-import lzma
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,8 +22,8 @@ SHOWN = 200  # characters of what another library says
 SUFFIXES = (".npz", ".safetensors")
 # what the standard library raises for archives that are damaged, encrypted or made up
 DAMAGE = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, LookupError,
-    ValueError, OverflowError,
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, LookupError, ValueError, TypeError,
+    OverflowError, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 LARGEST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # bytes that one byte of an archive may become
 FLOATS = ("F16", "BF16", "F32", "F64")  # of .safetensors; bfloat16 is widened to float32
@@ -57,8 +56,7 @@ def _check_names(path: Path, held: list[str]) -> None:
     missing = [name for name in NAMES if name not in held]
     if missing:
         raise ValueError(
-            f"{path}: expected arrays named q, k and v; {', '.join(missing)} missing, "
-            f"the file holds {text.names(held)}"
+            f"{path}: expected arrays named q, k and v; {', '.join(missing)} missing, the file holds {text.names(held)}"
         )
 
 
@@ -96,12 +94,13 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _check_npy(path: Path, name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     """One array's header against the bytes that the archive says it has, and these against those that are there."""
+    if member.compress_type not in LARGEST:
+        raise ValueError(f"{path}: {name} is compressed as NumPy never does; save it by numpy.savez")
     with _readable(path):
         shape, dtype, begin = _header(archive, member)
     _check_float(path, name, dtype)
     expected, held = math.prod(shape) * dtype.itemsize, member.file_size - begin
-    if member.compress_type in LARGEST:
-        held = min(held, member.compress_size * LARGEST[member.compress_type])
+    held = min(held, member.compress_size * LARGEST[member.compress_type])
     if expected != held:
         raise ValueError(f"{path}: {name} of shape {shape} needs {expected:,} bytes, the file holds {held:,}")
 

@@ -14,7 +14,8 @@ def follower(*arrays: Array) -> ModuleType | None:
     """The module that runs a call on these arrays as one operator of their library, or None: nothing follows them.
 
     It has `casts`, `cast`, `without_casts`, `opaque`, `numbers`, `solution`, `report_of`, `exact_rows` and the operator
-    `attend`: see opoch_xp.backends.torch.operator, the only one so far. Nothing is imported that the caller has not imported.
+    `attend`: see opoch_xp.backends.torch.operator, the only one so far. Nothing is imported that the caller has not
+    imported.
     """
     torch = sys.modules.get("torch")
     if torch is None or not all(isinstance(array, torch.Tensor) for array in arrays):

@@ -1,6 +1,7 @@
 """LSHIndex: nearest vectors by random-hyperplane tables, for arrays of any library."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from threading import Lock
@@ -20,6 +21,8 @@ from opoch_xp.index_values import Candidates, Contents, InRange, Neighbours, Sta
 from opoch_xp.methods import check_whole
 from opoch_xp.probing import probe_codes
 from opoch_xp.suggest import Suggestion, tuned
+from opoch_xp.tensors import from_bytes, to_bytes
+from opoch_xp.threads import call
 
 Array = Any
 
@@ -78,7 +81,7 @@ class LSHIndex:
         self.backend = backend
         self._planes = random_hyperplanes(dim, bits, tables, seed)
         self._contents: Contents | None = None
-        self._writing = Lock()
+        self._writing = Lock()  # taken inside of a call, which a fork waits for
 
     def __len__(self) -> int:
         contents = self._contents
@@ -107,7 +110,7 @@ class LSHIndex:
         highest it ever held. Raises ValueError for another dim, entries that are not finite, ids that are taken, given
         twice or negative; TypeError for an array of another library or dtype than what is held.
         """
-        with self._writing:
+        with call(), self._writing:
             held = self._contents
             xp, x = vectors("x", x, self.settings, held)
             next_id = held.next_id if held else 0
@@ -127,7 +130,7 @@ class LSHIndex:
 
     def remove(self, ids: Array) -> None:
         """Remove vectors by id. Raises ValueError for an id that is not held or given twice."""
-        with self._writing:
+        with call(), self._writing:
             numbers = numbers_of(ids)
             held = self._contents
             known = np.zeros(0, np.int64) if held is None else to_host(held.ids)
@@ -164,7 +167,7 @@ class LSHIndex:
         more = other._contents
         if more is None:
             return
-        with self._writing:
+        with call(), self._writing:
             held = self._contents
             xp, _ = vectors("other", more.x, self.settings, held)
             if held is not None:
@@ -343,6 +346,14 @@ class LSHIndex:
         arrays = {"x": contents.x, "ids": contents.ids, "codes": tables.codes, "order": tables.order}
         held = {name: to_host(array) for name, array in arrays.items()}
         index_file.write(Path(path), self.settings, contents.next_id, held)
+
+    def __reduce__(self) -> Any:
+        """pickle and copy: what `save` writes, on the device where it was."""
+        held = self._contents
+        if held is None:
+            return partial(type(self), **asdict(self.settings), backend=self.backend), ()
+        like = namespace_of(x=held.x).zeros((0,), device=device(held.x))
+        return from_bytes, (to_bytes(self.save), partial(type(self).load, like=like, backend=self.backend))
 
     @classmethod
     def load(

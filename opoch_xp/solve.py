@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
+from opoch_xp.backends import library
 from opoch_xp.cost import predicted, visible_pairs
 from opoch_xp.lsh import attend_buckets
 from opoch_xp.methods import LSH, Exact, Method, Treecode
@@ -29,6 +30,18 @@ _SOLVERS: dict[type, Callable[[Problem, Any], Solution]] = {
 }
 
 
+# functions of the Array API standard that some libraries lack, and methods need where a library has no plugin
+NEEDED: dict[type, tuple[str, ...]] = {LSH: ("searchsorted", "take_along_axis"), Treecode: ("take_along_axis",)}
+
+
+def _lacking(problem: Problem, method: type) -> str:
+    """What the arrays' library lacks for a method, in words; "" where it lacks nothing."""
+    if problem.kernels.name != "generic":
+        return ""
+    missing = [name for name in NEEDED.get(method, ()) if not hasattr(problem.xp, name)]
+    return f"{library(problem.xp)} has no {' and no '.join(missing)}" if missing else ""
+
+
 def check_method(method: object) -> None:
     """TypeError unless `method` is one of the methods."""
     if type(method) not in _SOLVERS:
@@ -39,8 +52,11 @@ def check_method(method: object) -> None:
 def solve(problem: Problem, method: Method, watch: Watch | None = None) -> Solution:
     """Run one method on a problem, floating-point warnings off; an empty one gives empty arrays.
 
-    watch: of attend_treecode, for a Treecode.
+    watch: of attend_treecode, for a Treecode. Raises NotImplementedError where the library lacks what the method needs.
     """
+    lacking = _lacking(problem, type(method))
+    if lacking:
+        raise NotImplementedError(f"{lacking}, which a {type(method).__name__} needs there: give method=Exact()")
     xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
     here = device(problem.q)
     if 0 in lead:
@@ -58,6 +74,9 @@ def solve(problem: Problem, method: Method, watch: Watch | None = None) -> Solut
 
 def choose(problem: Problem) -> tuple[Method, str]:
     """Exact or Treecode(), whichever is predicted cheaper, and why."""
+    lacking = _lacking(problem, Treecode)
+    if lacking:
+        return Exact(), f"{lacking}, which a Treecode needs there"
     shape = problem.n_q, problem.n_k, problem.causal
     exact = predicted(*shape, Exact(), problem.kernels.COST)
     tree = predicted(*shape, Treecode(), problem.kernels.COST)

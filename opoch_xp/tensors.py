@@ -12,17 +12,19 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from opoch_xp import text
 from opoch_xp.writing import replaceable, whole_file
 
+Held = TypeVar("Held")
 HEADER_LIMIT = 100_000_000  # bytes of a header: the limit of the format's own library
 ALIGN = 64  # bytes: where data begins in files written here, so that mapped rows lie on cache lines
 LARGEST = 1 << 63
@@ -154,6 +156,8 @@ def write(
 ) -> None:
     """Write a file, whole or not at all, with a checksum in its metadata; `arrays` in the order of the entries, each
     taken when those before it are written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, expected the name of a file")
     if not replaceable(path):
         raise OSError(f"{path}: a pipe or a device, expected the name of a file")
     header = header_of(entries, {**metadata, "checksum": NO_SUM.decode()})
@@ -167,6 +171,22 @@ def write(
             total = zlib.crc32(data, total)
         file.seek(LENGTH + header.index(CHECKSUM_KEY + NO_SUM) + len(CHECKSUM_KEY))
         file.write(b"%08x" % total)
+
+
+def to_bytes(save: Callable[[Path], None]) -> bytes:
+    """The file that `save` writes, for pickles."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"held{SUFFIX}"
+        save(path)
+        return path.read_bytes()
+
+
+def from_bytes(data: bytes, load: Callable[[Path], Held]) -> Held:
+    """What `load` reads from a file of these bytes."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"held{SUFFIX}"
+        path.write_bytes(data)
+        return load(path)
 
 
 def check_ending(path: Path) -> None:

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import cache
 from itertools import count
-from threading import Condition
+from threading import Condition, local
 from typing import Any
+from weakref import WeakSet, ref
 
+PATIENCE = 0.1  # seconds between looks at the calls that a fork waits for
 MOST = 256  # threads of the process, however many calls share tasks at a time; each starts when it is first needed
 
 
@@ -22,43 +24,62 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MOST, thread_name_prefix="opoch_xp")
 
 
+class _Call:
+    """One call whose tasks run. What a task calls belongs to the call that the task is of."""
+
+
 class _Calls:
-    """The calls whose tasks run now. What a task calls belongs to the call that the task is of."""
+    """The calls there are; one that an interrupt tore out of its own bookkeeping is forgotten with its frame."""
 
     def __init__(self) -> None:
-        self.changed, self.inside, self.forking = Condition(), 0, False
-        self.within: ContextVar[bool] = ContextVar("within", default=False)
+        self.changed, self.forking, self.forks = Condition(), 0, local()
+        self.running: WeakSet[_Call] = WeakSet()
+        self.within: ContextVar[ref[_Call] | None] = ContextVar("within", default=None)
+
+    def ours(self) -> _Call | None:
+        """The call that this thread is inside of."""
+        held = self.within.get()
+        return None if held is None else held()
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        if self.within.get():
+        if self.ours() is not None:
             yield
             return
-        counted = False
+        new = _Call()
         try:
             with self.changed:
                 self.changed.wait_for(lambda: not self.forking)
-                self.inside += 1
-                counted = True
-            self.within.set(True)
+                self.running.add(new)
+            self.within.set(ref(new))
             yield
         finally:
-            self.within.set(False)
-            if counted:
-                with self.changed:
-                    self.inside -= 1
-                    self.changed.notify_all()
+            self.within.set(None)
+            with self.changed:
+                self.running.discard(new)
+                self.changed.notify_all()
 
     def before_fork(self) -> None:
         """Wait for the calls of other threads, and let none begin until `after_fork`."""
+        ours = self.ours()
         self.changed.acquire()
-        self.forking = True
-        self.changed.wait_for(lambda: self.inside == self.within.get())
+        self.forks.waiting = True
+        self.forking += 1
+        while not all(call is ours for call in self.running):
+            self.changed.wait(PATIENCE)
 
     def after_fork(self) -> None:
-        self.forking = False
-        self.changed.notify_all()
-        self.changed.release()
+        if getattr(self.forks, "waiting", False):
+            self.forks.waiting = False
+            self.forking -= 1
+            self.changed.notify_all()
+            self.changed.release()
+
+    def in_child(self) -> None:
+        """A forked process has the forking thread alone, and none of those that waited."""
+        ours = self.ours()
+        self.changed, self.forking, self.forks = Condition(), 0, local()
+        self.running = WeakSet([] if ours is None else [ours])
 
 
 _calls = _Calls()
@@ -66,9 +87,8 @@ call = _calls.one  # a context in which tasks are shared: a fork waits for its e
 
 
 def _in_child() -> None:
-    _pool.cache_clear()  # a forked process has none of the threads
-    _calls.changed = Condition()  # nor those that waited
-    _calls.forking = False
+    _pool.cache_clear()
+    _calls.in_child()
 
 
 if hasattr(os, "register_at_fork"):
@@ -83,6 +103,7 @@ def share(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -
     """
     tasks = list(tasks)
     numbers, stopped = count(), False
+    helpers: list[Future[None]] = []
 
     def work() -> None:
         nonlocal stopped
@@ -94,28 +115,53 @@ def share(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -
             raise
 
     with call():
-        helpers = _helpers(work, min(workers, len(tasks)) - 1)
         try:
+            _enlist(helpers, work, min(workers, len(tasks)) - 1)
             work()
             errors = _errors(helpers)
         except BaseException:
             stopped = True
-            _errors(helpers)
+            _wait_for(helpers)
             raise
     for error in filter(None, errors):
         raise error
 
 
-def _helpers(work: Callable[[], None], wanted: int) -> list[Future[None]]:
-    """Threads of the pool that do `work` as well: `wanted`, or fewer where the interpreter starts no more."""
-    found: list[Future[None]] = []
+def _enlist(helpers: list[Future[None]], work: Callable[[], None], wanted: int) -> None:
+    """Have threads of the pool do `work` as well: `wanted`, or fewer where the interpreter starts no more.
+
+    A helper is known before it is handed to the pool, which may queue what it has no thread for.
+    """
+    for _ in range(wanted):
+        helper: Future[None] = Future()
+        helpers.append(helper)
+        try:
+            _pool().submit(copy_context().run, _help, helper, work)
+        except RuntimeError:
+            return
+
+
+def _help(helper: Future[None], work: Callable[[], None]) -> None:
+    if not helper.set_running_or_notify_cancel():
+        return
     try:
-        found.extend(_pool().submit(copy_context().run, work) for _ in range(wanted))
-    except RuntimeError:
-        pass
-    return found
+        work()
+    except BaseException as error:
+        helper.set_exception(error)
+    else:
+        helper.set_result(None)
 
 
 def _errors(helpers: list[Future[None]]) -> list[BaseException | None]:
     """What ended each helper that had begun, once all are done."""
     return [helper.exception() for helper in helpers if not helper.cancel()]
+
+
+def _wait_for(helpers: list[Future[None]]) -> None:
+    """Until all are done, whoever interrupts: they write to arrays of the caller's."""
+    while True:
+        try:
+            _errors(helpers)
+            return
+        except KeyboardInterrupt:
+            continue

@@ -1,19 +1,17 @@
 """Files that are there whole or not at all."""
 
 import os
+import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-_numbers = count()  # of the files that this process has written
-
 
 def check_target(name: str, path: Path) -> None:
-    """Before anything is computed for it: FileNotFoundError, IsADirectoryError or PermissionError, in the caller's
-    words, unless a file of this name can be written."""
+    """Before anything is computed for it: an OSError in the caller's words (FileNotFoundError, IsADirectoryError,
+    PermissionError) unless a file of this name can be written."""
     if not path.name:
         raise FileNotFoundError(f"{name}: expected the name of a file, got {str(path)!r}")
     try:
@@ -33,10 +31,9 @@ def check_target(name: str, path: Path) -> None:
     part = _part(path)
     try:
         part.touch(exist_ok=False)
+        part.unlink()
     except OSError as error:
         raise type(error)(f"{name}: {path} cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def replaceable(path: Path) -> bool:
@@ -45,8 +42,8 @@ def replaceable(path: Path) -> bool:
 
 
 def _part(path: Path) -> Path:
-    """A name of this process's own beside the file that `path` leads to, no longer than any system takes."""
-    return Path(os.path.realpath(path)).with_name(f".opoch-xp.{os.getpid()}.{next(_numbers)}")
+    """A name that nobody has, beside the file that `path` leads to, and no longer than any system takes."""
+    return Path(os.path.realpath(path)).with_name(f".opoch-xp.{secrets.token_hex(8)}")
 
 
 @contextmanager
@@ -58,13 +55,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     part = _part(path)
-    try:
-        with part.open("xb") as file:
+    with part.open("xb") as file:
+        try:
             if path.exists():
-                os.chmod(part, stat.S_IMODE(path.stat().st_mode))
+                with suppress(OSError):  # of file systems without modes
+                    os.chmod(part, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
+        except BaseException:
+            _removed(part)
+            raise
+    try:
         part.replace(os.path.realpath(path))
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        _removed(part)
+        raise
+
+
+def _removed(part: Path) -> None:
+    with suppress(OSError):
+        part.unlink()

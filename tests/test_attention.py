@@ -417,3 +417,19 @@ def test_a_device_that_is_not_the_default(method: ox.Exact | None) -> None:
     found = ox.attend(q, k, v, causal=True, key_mask=mask, method=method, check=False)
     assert found.out.device == device
     assert found.lse.device == device
+
+
+def test_a_library_that_lacks_what_a_method_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dask's arrays do: one sentence says what is missing and what works, and the automatic choice is that."""
+    strict = pytest.importorskip("array_api_strict")
+    q, k, v = (strict.asarray(a) for a in (Q, K, V))
+    monkeypatch.delattr(strict, "take_along_axis")
+    for method, kind in ((SMALL, "Treecode"), (ox.LSH(bits=2, tables=2), "LSH")):
+        with pytest.raises(
+            NotImplementedError, match=f"has no take_along_axis, which a {kind} needs there: give method="
+        ):
+            ox.attention(q, k, v, method=method)
+    found = ox.attend(q, k, v)
+    assert found.report.method == Exact()
+    assert "has no take_along_axis" in found.report.reason
+    assert_close(np.asarray(found.out), ox.attention(Q, K, V, method=Exact()), rounding(Q, K, V))

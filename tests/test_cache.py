@@ -738,6 +738,14 @@ def test_no_memory_left_changes_nothing(backend: Backend, monkeypatch: pytest.Mo
     same(caches.attend(q), whole(backend, ALONE, q, k, v), "and goes on")
 
 
+def test_files_take_what_is_held_and_room_to_double(tmp_path: Path) -> None:
+    """The first chunk of a tier of 32,768 tokens reserves nothing for its 30 others."""
+    _, k, v = arrays(n=40_000, heads=1, key_heads=1, batch=1)
+    cache = ox.KVCache(ox.Treecode(), offload=tmp_path)
+    cache.append(k.astype("float32"), v.astype("float32"))
+    assert cache.nbytes < 4 * 4 * (k.size + v.size)
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a system that takes no room in advance")
 def test_no_room_on_the_disk_changes_nothing(tmp_path: Path) -> None:
     """Files as large as asked for may not be: writing to what is mapped beyond would end the process."""

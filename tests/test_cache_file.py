@@ -1,6 +1,8 @@
 """Saved caches: they go on where they were; what is damaged or made to deceive is refused."""
 
+import copy
 import os
+import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,24 @@ def test_a_cache_goes_on_where_it_was(backend: Backend, tmp_path: Path, name: st
                 one.cache.crop(12)  # no chunk is left, but what the queries told
             elif step == 3:
                 one.append(k[:, :, 12:], v[:, :, 12:])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_pickle_and_a_copy_go_on_where_the_cache_was(backend: Backend, name: str) -> None:
+    if backend.option == "strict":
+        pytest.skip("arrays of the library cannot be pickled")
+    q, k, v = unequal(*arrays())
+    caches, other = Caches(backend, METHODS[name], capacity=N + 5), Caches(backend, METHODS[name])
+    assert len(pickle.loads(pickle.dumps(caches.cache))) == 0
+    caches.prefill(q[:, :, :50], k[:, :, :50], v[:, :, :50])
+    for make in (copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))):
+        other.cache = make(caches.cache)
+        assert (other.cache.method, other.cache.capacity) == (METHODS[name], N + 5)
+        other.append(k[:, :, 50:], v[:, :, 50:])
+        caches.append(k[:, :, 50:], v[:, :, 50:])
+        for ours, theirs in zip(caches.attend(q[:, :, -5:]), other.attend(q[:, :, -5:]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        caches.cache.crop(50)
 
 
 def test_what_is_in_a_file(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Files of an index: what was saved comes back; whatever is done to a file, it is refused whole."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,22 @@ def test_what_was_saved_comes_back(backend: Backend, tmp_path: Path, bits: int, 
     assert lists(backend, loaded.candidates(q)) == lists(backend, index.candidates(q))
     assert backend.numpy(loaded.search(q, 4).ids).tolist() == backend.numpy(index.search(q, 4).ids).tolist()
     assert backend.numpy(loaded.add(backend.array(x[:1]))).tolist() == [7 * 89 + 1]
+
+
+def test_a_pickle_and_a_copy_are_the_index(backend: Backend) -> None:
+    if backend.option == "strict":
+        pytest.skip("arrays of the library cannot be pickled")
+    x, q = normal(0, 90, 5), backend.array(normal(1, 12, 5))
+    index = made(backend, x, np.arange(90)[::-1] * 7, bits=7, tables=3, metric="euclidean", seed=4)
+    for make in (copy.copy, copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))):
+        other = make(index)
+        assert other.settings == index.settings
+        assert lists(backend, other.candidates(q)) == lists(backend, index.candidates(q))
+        assert type(other.vectors) is type(index.vectors)
+        other.remove([7])
+        assert len(other) == len(index) - 1
+        empty = make(ox.LSHIndex(5, bits=3))
+        assert (len(empty), empty.settings) == (0, ox.LSHIndex(5, bits=3).settings)
 
 
 def test_a_mapped_index_stays_in_its_file(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def test_broken_neighbours_are_listed_and_hide_nothing(tmp_path: Path, unreadabl
         left_over(tmp_path, "broken", "no entry point at all", "broken")
         left_over(tmp_path, "others", "", "others")
         (tmp_path / "others-1.0.dist-info" / "entry_points.txt").write_text("[others.group]\nno entry point\n")
+        left_over(tmp_path, "bytes", "", "bytes")
+        (tmp_path / "bytes-1.0.dist-info" / "entry_points.txt").write_bytes(b"[others.group]\nname = \xff\n")
     code = """
 import json, numpy as np, opoch_xp as ox
 from opoch_xp.cli.app import app

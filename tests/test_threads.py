@@ -223,11 +223,12 @@ def test_a_fork_while_other_threads_compute() -> None:
     """The child can compute, and so can the parent, whatever other threads were about."""
     lines = in_a_process(
         """
-        going = True
+        going, growing = True, ox.LSHIndex(8, 4, 4)
 
         def work():
             while going:
                 index.search(x[1], 3, exact=True)
+                growing.add(x[1][:10])
                 ox.attention(x, x, x)
 
         threads = [threading.Thread(target=work) for _ in range(2)]
@@ -238,6 +239,7 @@ def test_a_fork_while_other_threads_compute() -> None:
             child = os.fork()
             if child == 0:
                 index.search(x[1], 3, exact=True)
+                growing.add(x[1][:10])
                 ox.attention(x, x, x)
                 os._exit(0)
             for _ in range(600):

@@ -211,7 +211,10 @@ def test_the_operator_keeps_its_promises_to_the_compiler(method: Any) -> None:
     given = (q, k, v, None, True, 0.3, numbers(method))
     for strided in (False, True):  # heads beside one another, as models have them
         if strided:
-            given = (*(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in given[:3]), *given[3:])
+            given = (
+                *(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in given[:3]),
+                *given[3:],
+            )
         found = torch.library.opcheck(torch.ops.opoch_xp.attend.default, given)
         assert set(found.values()) == {"SUCCESS"}
 
@@ -417,7 +420,9 @@ def test_forward_mode_is_refused_and_the_generic_kernels_have_it() -> None:
     tangent = torch.ones_like(q)
     with torch.autograd.forward_ad.dual_level():
         for name in range(3):
-            duals = [torch.autograd.forward_ad.make_dual(x, tangent) if i == name else x for i, x in enumerate((q, k, v))]
+            duals = [
+                torch.autograd.forward_ad.make_dual(x, tangent) if i == name else x for i, x in enumerate((q, k, v))
+            ]
             for method in (SMALL, ox.Exact(), BUCKETS, None):
                 with pytest.raises(NotImplementedError, match="no forward-mode derivative.* backend='generic'"):
                     ox.attention(*duals, method=method)
@@ -488,9 +493,25 @@ def test_a_subclass_gets_the_operator_and_a_parameter_is_no_subclass() -> None:
     out = ox.attention(q.as_subclass(Own), k, v, method=SMALL)
     assert type(out) is Own
     assert torch.equal(out.as_subclass(torch.Tensor), right)
-    with pytest.raises(ValueError, match="tol must look at numbers"):
-        ox.attention(q.as_subclass(Own), k, v, tol=0.1)
-    ox.attention(torch.nn.Parameter(q, requires_grad=False), k, v, tol=0.1)
+    for array in (q.as_subclass(Own), torch.nn.Parameter(q, requires_grad=False)):
+        assert torch.equal(ox.attention(array, k, v, tol=0.1).as_subclass(torch.Tensor), ox.attention(q, k, v, tol=0.1))
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ValueError, match="tol must look at numbers"):
+        ox.attention(*map(mode.from_tensor, (q, k, v)), tol=0.1)
+
+
+def test_gradients_for_several_outputs_at_once() -> None:
+    arrays = qkv(2)
+    out = ox.attention(*arrays, causal=True, method=SMALL)
+    several = torch.randn(3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+
+    def gradients(one: Any) -> Any:
+        return torch.autograd.grad(out, arrays, one, retain_graph=True)
+
+    right = [torch.stack(x) for x in zip(*map(gradients, several), strict=True)]
+    batched = torch.func.vmap(gradients)(several)
+    legacy = torch.autograd.grad(out, arrays, several, retain_graph=True, is_grads_batched=True)
+    for found in (batched, legacy):
+        assert all(torch.equal(ours, other) for ours, other in zip(found, right, strict=True))
 
 
 @pytest.mark.parametrize("backend", [None, "generic"])
@@ -505,7 +526,9 @@ def test_views_that_say_that_they_are_negated(method: Any, backend: str | None) 
     assert torch.equal(found.lse, right.lse)
     audits = [ox.audit(*x, causal=True, method=method, rows=8) for x in (plain, views) if method is not None]
     assert len({str(audit.error) for audit in audits}) < 2
-    gradients = [torch.autograd.grad(ox.attention(*x, method=SMALL).sum(), x) for x in (map_grad(plain), map_grad(views))]
+    gradients = [
+        torch.autograd.grad(ox.attention(*x, method=SMALL).sum(), x) for x in (map_grad(plain), map_grad(views))
+    ]
     assert all(torch.equal(ours, other) for ours, other in zip(*gradients, strict=True))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pickle
 import sys
 import sysconfig
 from importlib.util import find_spec
@@ -19,13 +20,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
-    CompileConfig,
     AttentionInterface,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    CompileConfig,
     DynamicCache,
     EncoderDecoderCache,
     LlamaConfig,
@@ -134,7 +135,7 @@ def test_prefill_and_decoding_with_a_cache_equal_the_whole() -> None:
         for low, high in ((0, 40), (40, 70), (70, 71), (71, 75)):
             parts.append(
                 model(
-                    input_ids=tokens[:, low:high], attention_mask=mask[:, :high], past_key_values=cache,
+                    input_ids=tokens[:, low:high], attention_mask=mask[:, :high], cache=cache,
                     position_ids=positions[:, low:high],
                 ).logits
             )  # fmt: skip
@@ -206,7 +207,7 @@ def test_a_compiled_step_of_training_equals_eager(side: str) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_packed_sequences_are_found_when_a_compiled_model_runs() -> None:
-    """Without a mask and a cache transformers asks for that of packed sequences, whatever the positions turn out to be."""
+    """Without a mask and a cache transformers asks for that of packed sequences, whatever the positions will be."""
     tokens, _ = batch("none")
     model = torch.compile(llama("opoch_exact"), fullgraph=True, backend="aot_eager")
     places = torch.arange(TOKENS).expand(2, -1)
@@ -234,7 +235,12 @@ def test_exported_models_equal_eager(make: Any) -> None:
 @pytest.mark.parametrize("how", ["as it is", "forward compiled", "steps compiled"])
 def test_generation_with_a_static_cache(how: str, side: str) -> None:
     tokens, mask = batch(side)
-    given: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    given: dict[str, Any] = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": "static",
+    }
     eager = llama("eager").generate(tokens, attention_mask=mask, **given)
     model = llama("opoch_exact")
     if how == "forward compiled":
@@ -309,7 +315,7 @@ def passes(model: Any, cache: Any, side: str, cuts: tuple[int, ...] = (0, TOKENS
     with torch.no_grad():
         logits = [
             model(
-                input_ids=tokens[:, low:high], attention_mask=mask[:, :high], past_key_values=cache,
+                input_ids=tokens[:, low:high], attention_mask=mask[:, :high], cache=cache,
                 position_ids=positions[:, low:high],
             ).logits
             for low, high in itertools.pairwise(cuts)
@@ -329,7 +335,7 @@ def test_generation_through_trees_equals_eager(settings: dict[str, Any], side: s
     cache = TreecodeCache(OPENED)
     settings = {**GREEDY, **settings, "return_dict_in_generate": True, "attention_mask": mask}
     eager = llama("eager").generate(tokens, **settings)
-    ours = llama("opoch_exact").generate(tokens, past_key_values=cache, **settings)
+    ours = llama("opoch_exact").generate(tokens, cache=cache, **settings)
     assert torch.equal(ours.sequences, eager.sequences)
     for one, other in zip(ours.logits or (), eager.logits or (), strict=True):
         assert float((one - other).abs().max()) < SUMS
@@ -383,7 +389,7 @@ def test_assisted_decoding_equals_greedy(guess: str) -> None:
     cache = TreecodeCache(OPENED)
     cache.crop = lambda n: (cropped.append(n), crop(cache, n))
     tokens = torch.cat([tokens, tokens[:, :20]], 1)
-    ours = model.generate(tokens, past_key_values=cache, **GREEDY, **helps)
+    ours = model.generate(tokens, cache=cache, **GREEDY, **helps)
     assert torch.equal(ours, llama("eager").generate(tokens, **GREEDY))
     assert min(cropped) < 0
     assert cache.get_seq_length() == ours.shape[1] - 1
@@ -393,22 +399,22 @@ def test_a_conversation_goes_on_with_the_same_cache() -> None:
     model, more = llama("opoch_exact"), torch.arange(1, 6)[None]
     tokens = batch("none")[0][:1]
     cache, eager = TreecodeCache(OPENED), llama("eager")
-    answer = model.generate(tokens, past_key_values=cache, **GREEDY)
+    answer = model.generate(tokens, cache=cache, **GREEDY)
     prompt = copy.deepcopy(cache)
     question = torch.cat([answer, more], 1)
     expected = eager.generate(question, **GREEDY)
-    assert torch.equal(model.generate(question, past_key_values=cache, **GREEDY), expected)
-    assert torch.equal(model.generate(question, past_key_values=prompt, **GREEDY), expected)
+    assert torch.equal(model.generate(question, cache=cache, **GREEDY), expected)
+    assert torch.equal(model.generate(question, cache=prompt, **GREEDY), expected)
     prompt.crop(TOKENS)  # back to where the answer began
     assert prompt.get_seq_length() == TOKENS
-    assert torch.equal(model.generate(answer[:, : TOKENS + 1], past_key_values=prompt, **GREEDY)[:, :87], answer)
+    assert torch.equal(model.generate(answer[:, : TOKENS + 1], cache=prompt, **GREEDY)[:, :87], answer)
     prompt.crop(40)
     prompt.batch_repeat_interleave(3)
-    samples = model.generate(tokens.repeat(3, 1), past_key_values=prompt, **GREEDY)
+    samples = model.generate(tokens.repeat(3, 1), cache=prompt, **GREEDY)
     assert torch.equal(samples, answer.repeat(3, 1))
     prompt.reset()
     assert (prompt.get_seq_length(), prompt.nbytes) == (0, 0)
-    assert torch.equal(model.generate(tokens, past_key_values=prompt, **GREEDY), answer)
+    assert torch.equal(model.generate(tokens, cache=prompt, **GREEDY), answer)
 
 
 @pytest.mark.parametrize("where", ["host", "files"])
@@ -436,9 +442,9 @@ def test_an_encoder_decoder_model_attends_to_its_own_tokens_through_trees() -> N
     eager = model.generate(batch("none")[0][:, :20], **GREEDY)
     model.set_attn_implementation("opoch_exact")
     ours = functools.partial(model.generate, batch("none")[0][:, :20], **GREEDY)
-    assert torch.equal(ours(past_key_values=EncoderDecoderCache(TreecodeCache(OPENED), DynamicCache())), eager)
+    assert torch.equal(ours(cache=EncoderDecoderCache(TreecodeCache(OPENED), DynamicCache())), eager)
     with pytest.raises(NotImplementedError, match="for causal self-attention"):
-        ours(past_key_values=EncoderDecoderCache(DynamicCache(), TreecodeCache(OPENED)))
+        ours(cache=EncoderDecoderCache(DynamicCache(), TreecodeCache(OPENED)))
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
@@ -459,9 +465,7 @@ def test_sequences_chosen_and_columns_cropped_go_on_as_those_of_a_dynamic_cache(
         last = (seen.cumsum(1) - 1)[:, 62:]
         with torch.no_grad():
             found.append(
-                model(
-                    tokens[:1, 62:65].repeat(3, 1), attention_mask=seen, past_key_values=cache, position_ids=last
-                ).logits
+                model(tokens[:1, 62:65].repeat(3, 1), attention_mask=seen, cache=cache, position_ids=last).logits
             )
     assert float((found[0] - found[1]).abs().max()) < SUMS
     kept = mask[1, :62].sum() + 3
@@ -486,7 +490,7 @@ def test_what_a_cache_tells_of_itself() -> None:
     assert not any(isinstance(x, torch.Tensor) for layer in cache.layers for x in vars(layer).values())
     mask = torch.cat([batch("left")[1][:, :70], torch.ones(2, 40, dtype=torch.int)], 1)
     with torch.no_grad(), pytest.raises(ValueError, match="the cache is full: capacity=100"):
-        model(torch.ones(2, 40, dtype=torch.int), attention_mask=mask, past_key_values=cache)
+        model(torch.ones(2, 40, dtype=torch.int), attention_mask=mask, cache=cache)
 
 
 def test_early_initialization_fixes_sizes_and_takes_no_token() -> None:
@@ -513,7 +517,7 @@ def test_a_mask_is_read_back_once_a_pass_and_by_no_layer(monkeypatch: pytest.Mon
     with torch.no_grad():
         cache = TreecodeCache(OPENED)
         for _ in range(2):
-            model(batch("none")[0], past_key_values=cache)
+            model(batch("none")[0], cache=cache)
     assert not read
 
 
@@ -554,11 +558,11 @@ def test_a_mask_that_does_not_go_on_from_the_last_is_refused() -> None:
         (torch.ones(2, 71).triu(1), "attention_mask must be what it was for the 70 columns that the cache holds"),
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=words):
-            model(new, attention_mask=mask, past_key_values=cache)
+            model(new, attention_mask=mask, cache=cache)
     cache.layers[1].crop(-3)  # as where a pass was interrupted after the first layer
     mask = torch.cat([batch("left")[1][:, :70], new], 1)
     with torch.no_grad(), pytest.raises(ValueError, match="attention_mask is for 71 columns, the layer holds 67 and 1"):
-        model(new, attention_mask=mask, past_key_values=cache)
+        model(new, attention_mask=mask, cache=cache)
     cache.crop(67)
     assert [layer.get_seq_length() for layer in cache.layers] == [67] * 3
     ours, whole = passes(model, cache, "left", (67, TOKENS)), passes(model, DynamicCache(), "left", (0, 67, TOKENS))
@@ -571,6 +575,17 @@ def test_another_attention_than_the_registered_fails(attention: str) -> None:
     with pytest.raises(NotImplementedError, match=r"attended to by the attention that .*register\(\) makes"):
         passes(llama(attention), cache, "none")
     assert cache.get_seq_length() == 0
+
+
+def test_a_pickled_cache_goes_on() -> None:
+    tokens, _ = batch("none")
+    model, cache = llama("opoch_small"), TreecodeCache(SMALL)
+    with torch.no_grad():
+        model(tokens[:, :50], cache=cache)
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.get_seq_length() == 50
+        right, ours = (model(tokens[:, 50:], cache=one).logits for one in (cache, again))
+    assert torch.equal(ours, right)
 
 
 def test_what_a_treecode_cache_cannot_do_is_refused() -> None:
@@ -605,7 +620,7 @@ def test_what_a_treecode_cache_cannot_do_is_refused() -> None:
         num_key_value_heads=1, sliding_window=8, attn_implementation="opoch_exact",
     )  # fmt: skip
     with pytest.raises(NotImplementedError, match=r"neither causal nor full \(a sliding"):
-        MistralForCausalLM(config)(torch.ones(1, 20, dtype=torch.int), past_key_values=TreecodeCache())
+        MistralForCausalLM(config)(torch.ones(1, 20, dtype=torch.int), cache=TreecodeCache())
 
 
 def test_what_began_in_inference_mode_goes_on_without() -> None:

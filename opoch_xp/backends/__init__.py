@@ -97,9 +97,18 @@ def _each() -> dict[str, tuple[EntryPoint | Exception, ...]]:
         try:
             points: Iterable[EntryPoint | Exception] = distribution.entry_points.select(group=GROUP)
         except Exception as error:
-            points = (error,) if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or "") else ()
-        found.setdefault(name, tuple(points))  # the first on the path is the one that is imported
+            points = (error,) if f"[{GROUP}]" in _listing(distribution) else ()
+        key = name or str(id(distribution))
+        found.setdefault(key, tuple(points))  # the first on the path is the one that is imported
     return found
+
+
+def _listing(distribution: Distribution) -> str:
+    """The text that a distribution's entry points stand in; "" where it is none."""
+    try:
+        return distribution.read_text("entry_points.txt") or ""
+    except Exception:
+        return ""
 
 
 def _named(distribution: Distribution | None) -> tuple[str, str]:

@@ -180,8 +180,6 @@ class Forest:
             number, slots = len(self.tiers), 1
             if self.capacity is not None:
                 slots = max(1, min(self.method.fan - 1, self.capacity // self._size(number)))
-            elif self.memory.mapped:  # a file takes no more of the disk than is written
-                slots = self.method.fan - 1
             self.tiers.append(
                 Trees(self.layout, self.memory, self.method, number, self.layout.batch, slots, self.finest)
             )

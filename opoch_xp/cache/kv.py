@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from opoch_xp.cost import visible_pairs
 from opoch_xp.methods import Method, Treecode, check_whole
 from opoch_xp.problem import Solution, nothing_seen
 from opoch_xp.solve import check_method
+from opoch_xp.tensors import from_bytes, to_bytes
 
 Array = Any
 
@@ -71,9 +73,9 @@ class KVCache:
     them may keep the change: `lengths` tells). No gradients; not for several threads at a time.
 
     Cost: a step, the rows it reads (see `Treecode`) a query head, whatever the length; the query heads of a key head
-    share what they open where they make one group (`group` of the method). On two cores, d = 64, a head: 3.5
-    microseconds a token appended in pieces, below 20 one at a time; the token that follows a full chunk waits for its
-    splitting, 2.4 ms for 2,048 keys, 30 for 32,768, 2,500 for 524,288 (docs/decoding.md). Memory: keys and values, a
+    share what they open where they make one group (`group` of the method). On two cores, d = 64, a head: 5
+    microseconds a token appended in pieces, 22 one at a time; the token that follows a full chunk waits for its
+    splitting, 1.3 ms for 1,024 keys, 71 for 32,768, 3,800 for 1,048,576 (docs/decoding.md). Memory: keys and values, a
     ninth more for summaries at leaf=16, and room to grow. Source: Barnes and Hut, 1986, for the tree; O'Neil et al.,
     The log-structured merge-tree, 1996, for its growing.
 
@@ -353,6 +355,15 @@ class KVCache:
         cache._layout, cache._store = layout, store
         return cache
 
+    def __reduce__(self) -> Any:
+        """pickle, and copy.copy: what `save` writes, and where it was."""
+        names = ("capacity", "offload", "offload_finest", "backend")
+        options = {name: getattr(self, name) for name in names}
+        if self._layout is None:
+            return partial(type(self), self.method, **options), ()
+        like = self._layout.xp.zeros((0,), device=self._layout.device)
+        return from_bytes, (to_bytes(self.save), partial(type(self).load, like=like, **options))
+
     def _new_store(self, layout: Layout) -> Any:
         memory = Memory(layout.xp, layout.device, layout.host, self.offload)
         if memory.mapped:
@@ -489,7 +500,8 @@ _mapped: WeakSet[KVCache] = WeakSet()  # caches whose keys lie in files
 
 def _leave_to_parent() -> None:
     for cache in list(_mapped):
-        cache._store = _Forked()
+        if cache._store is not None:
+            cache._store = _Forked()
 
 
 if hasattr(os, "register_at_fork"):

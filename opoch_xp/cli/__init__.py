@@ -1,8 +1,8 @@
 """Command line: `opoch-xp wall`, `opoch-xp audit FILE`, `opoch-xp backends`. Needs the extra `cli`."""
 
 import sys
-from io import TextIOWrapper
 from importlib.util import find_spec
+from io import TextIOWrapper
 
 
 def main() -> None:

@@ -14,10 +14,7 @@ def list_backends(sink: Sink) -> None:
     """One line a backend, a broken one with its reason; then whose kernels each of them runs."""
     found = installed()
     sink.write_json([asdict(entry) for entry in found])
-    rows = [
-        [*map(printable, (entry.name, entry.source, entry.version)), _usable(entry)]
-        for entry in found
-    ]
+    rows = [[*map(printable, (entry.name, entry.source, entry.version)), _usable(entry)] for entry in found]
     columns = ["name", "from", "version", "available"]
     sink.show(Table("Backends", [], columns, rows, text_columns=len(columns)))
     kernels = [[kernel, *(_whose(kernel, entry) for entry in found)] for kernel in KERNELS]

@@ -14,7 +14,7 @@ and refuses what is neither, such as sliding windows. The one for attention take
 
 With a cache of transformers a decoding step is attention over all keys. `TreecodeCache` keeps them in trees:
 
-    model.generate(..., past_key_values=transformers.TreecodeCache())
+    model.generate(..., cache=transformers.TreecodeCache())
 """
 
 import inspect
@@ -42,8 +42,8 @@ __all__ = ["TreecodeCache", "key_mask", "register"]
 RESERVED = ("sdpa", "flex_attention", "/", "eager", "paged")  # what transformers looks for in a name
 COMPOSED = and_masks().__qualname__  # of a mask that is the intersection of others
 OTHER_MASK = (
-    "the model asks for a mask that is neither causal nor full (a sliding or chunked window, packed sequences, or one of"
-    " its own), which opoch_xp does not have; use attn_implementation='eager' or 'sdpa'"
+    "the model asks for a mask that is neither causal nor full (a sliding or chunked window, packed sequences, or one"
+    " of its own), which opoch_xp does not have; use attn_implementation='eager' or 'sdpa'"
 )
 WITHOUT_EFFECT = {  # on attention, of the keywords that models hand through
     "cache_position", "is_causal", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "past_key_values",
@@ -78,12 +78,14 @@ def key_mask(
     attention_mask: Tensor | None = None,
     device: Any = "cpu",
     local_size: int | None = None,
+    use_vmap: bool = False,
     **others: Any,
 ) -> Tensor:
     """The mask of keys of the module docstring; bool, True = keep. attention_mask (batch, keys) is the padding mask.
 
-    Compiled or traced, no number is looked at: a mask of keys that are all kept stays one, and what can only be seen
-    when the model runs is checked by the graph.
+    local_size: of a window or chunks. use_vmap: the caller added masks of its own. Compiled or traced, no number is
+    looked at: a mask of keys that are all kept stays one, and what can only be seen when the model runs is checked by
+    the graph.
     """
     traced = opaque(*(() if attention_mask is None else (attention_mask,)))
     causal = mask_function is causal_mask_function
@@ -91,10 +93,13 @@ def key_mask(
         return _of_one(batch_size, q_length, kv_length, q_offset, kv_offset, causal, attention_mask)
     start = int(kv_offset)
     if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
-        causal = True
-        if traced and mask_function.__qualname__ == COMPOSED:
-            _check_when_run(mask_function, batch_size, q_length, int(q_offset), start, device)
-        elif not _within_window(mask_function, local_size, int(q_offset) + q_length):
+        causal, length = True, int(q_offset) + q_length - start
+        composed = not use_vmap and getattr(mask_function, "__qualname__", "") == COMPOSED
+        if not composed or (local_size is not None and length > local_size):
+            raise NotImplementedError(OTHER_MASK)
+        if traced:
+            _check_when_run(mask_function, batch_size, q_length, q_offset, start, device)
+        elif local_size is None or not _is_window(mask_function, local_size):
             raise NotImplementedError(OTHER_MASK)
     seen = int(q_offset) + q_length - start if causal else kv_length  # a static cache is longer than what it holds
     if causal and attention_mask is not None and attention_mask.shape[1] < start + seen:
@@ -116,10 +121,12 @@ def _of_one(
     batch: int, q_length: int, kv_length: int, q_offset: Tensor, kv_offset: Any, causal: bool, padding: Tensor | None
 ) -> Tensor:
     """The mask of keys for one token whose position is known when the graph runs."""
-    if not causal or q_length > 1:
+    if not causal:
+        raise NotImplementedError(OTHER_MASK)
+    if q_length > 1:
         raise NotImplementedError(
-            f"a static cache can be compiled for one token at a time and a causal mask, got {q_length} tokens: compile"
-            " the steps of decoding alone, as generate does"
+            f"a static cache can be compiled for one token at a time, got {q_length}: compile the steps of decoding"
+            " alone, as generate does"
         )
     keys = torch.arange(kv_length, device=q_offset.device) + kv_offset
     kept = (keys <= q_offset).expand(batch, kv_length)
@@ -129,10 +136,8 @@ def _of_one(
     return kept[:, None, None, :]
 
 
-def _within_window(mask_function: Callable[..., Any], size: int | None, seen: int) -> bool:
-    """Whether the mask is a causal window that holds all the keys there are."""
-    if size is None or seen > size or mask_function.__qualname__ != COMPOSED:
-        return False
+def _is_window(mask_function: Callable[..., Any], size: int) -> bool:
+    """Whether the mask is a causal window and nothing else."""
     window = sliding_window_causal_mask_function(size)
     parts, ours = (inspect.getclosurevars(f).nonlocals["mask_functions"] for f in (mask_function, window))
     return [part.__qualname__ for part in parts] == [part.__qualname__ for part in ours]
@@ -142,17 +147,15 @@ def _check_when_run(
     mask_function: Callable[..., Any], batch: int, q_length: int, q_offset: int, kv_offset: int, device: Any
 ) -> None:
     """Have the graph check that the mask is causal: transformers cannot see while it is compiled that positions do not
-    restart, and asks for the mask of packed sequences. Each query sees itself, the first key and those at distances of
-    powers of two, and not the next one."""
+    restart, and asks for the mask of packed sequences. Of these, windows and chunks, a query that sees the first key
+    sees all up to its own."""
     rows = torch.arange(batch, device=device)[:, None]
     i = q_offset + torch.arange(q_length, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
-    steps = [0, *(1 << power for power in range((q_offset + q_length).bit_length())), q_offset + q_length]
     last = q_offset + q_length - 1
-    for step in steps:
-        torch._assert_async(mask_function(rows, head, i, (i - step).clamp(min=kv_offset)).all(), OTHER_MASK)
+    seen = mask_function(rows, head, i, torch.full_like(i, kv_offset)) & mask_function(rows, head, i, i)
     beyond = mask_function(rows, head, i, (i + 1).clamp(max=last)) & (i < last)
-    torch._assert_async(~beyond.any(), OTHER_MASK)
+    torch._assert_async((seen & ~beyond).all(), OTHER_MASK)
 
 
 def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
@@ -170,7 +173,7 @@ def _attend_by(method: Method | None) -> Callable[..., tuple[Tensor, None]]:
         step = step_of(key, value)
         if step is not None:
             with step.taken():
-                _refuse(dropout, others, 0 if attention_mask is None else attention_mask.shape[-1])
+                _refuse(dropout, others, step.start + key.shape[2])
                 columns = _columns(module, attention_mask, query.shape, others.get("is_causal"))
                 return step.attend(query, columns, scaling).transpose(1, 2).contiguous(), None
         _refuse(dropout, others, key.shape[2])

@@ -293,7 +293,8 @@ class TreecodeLayer(CacheLayerMixin):
 
 
 class TreecodeCache(Cache):
-    """A cache for generation, `model.generate(..., past_key_values=TreecodeCache())`, whose steps go through a tree.
+    """A cache for generation, `model.generate(..., cache=TreecodeCache())`, whose steps go through a tree; before
+    transformers 5.24 the argument is `past_key_values`.
 
     The model's attn_implementation must be one that `register` made; how it attends is this cache's `method`, not that
     of the name. Each layer holds an `opoch_xp.KVCache`, made when the model first comes to it; the arguments are those
@@ -322,7 +323,7 @@ class TreecodeCache(Cache):
     >>> model = LlamaForCausalLM(config).eval()
     >>> cache = TreecodeCache()
     >>> prompt = torch.arange(50)[None]
-    >>> text = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    >>> text = model.generate(prompt, cache=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
     >>> text.shape, cache.get_seq_length()  # the last token was not read
     (torch.Size([1, 55]), 54)
     """

@@ -41,11 +41,13 @@ with suppress(Exception):  # what Numba does once before it compiles, and gives 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Machine code for the processor at hand, which runs without the interpreter's lock and is kept on disk, where a
     folder may be written; a warning says so where none may."""
-    made = njit(nogil=True, error_model="numpy", fastmath=FLAGS)(function)
+    made: Any = njit(nogil=True, error_model="numpy", fastmath=FLAGS)(function)
     try:
         made.enable_caching()
     except RuntimeError:
         _tell_not_kept("no folder for it may be written")
+    except AttributeError:  # NUMBA_DISABLE_JIT=1
+        pass
     else:
         made._cache = _Kept(made._cache)
     return made

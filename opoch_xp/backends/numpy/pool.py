@@ -74,11 +74,11 @@ class _OneBlasThread:
 
     def __enter__(self) -> None:
         with self.lock:
-            self.inside += 1
-            if self.inside == 1 and ThreadpoolController is not None:
+            if self.inside == 0 and ThreadpoolController is not None:
                 self.controller = self.controller or ThreadpoolController()
                 _free_blas()
                 self.limit = self._hold()
+            self.inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self.lock:

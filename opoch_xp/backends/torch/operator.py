@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from opoch_xp.arguments import check_arrays, prepare, restore
 from opoch_xp.backends.torch.exact import exact_backward
@@ -28,6 +29,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # out, lse, figures, seen
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 PLAIN = (Tensor, torch.nn.Parameter)  # types of arrays; a subclass may compute otherwise
+DISPATCH = Tensor.__torch_dispatch__
 KINDS = (Exact, LSH, Treecode)
 PARTS = {Exact: ("local",), LSH: ("near", "far")}  # rows of a report by part, in their places among the figures
 TREE_PARTS = ("local", "sinks", "nodes", "keys")  # of a treecode, and of a method that is chosen when it runs
@@ -87,21 +89,36 @@ def tier_sizes(method: Method | None, n_k: int) -> int:
 def follows(*arrays: Any) -> bool:
     """Whether PyTorch follows what is computed from these arrays: for gradients or tangents, to compile, trace or batch
     it, to cast, or for a mode or a subclass of its user's."""
-    if opaque(*arrays) or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or casts(arrays[0]):
+    if opaque(*arrays) or watched(*arrays) or casts(arrays[0]):
         return True
-    return has_tangent(*arrays)
+    return (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or has_tangent(*arrays)
 
 
 def opaque(*arrays: Any) -> bool:
-    """Whether the arrays hold no numbers that could be looked at, or someone waits for the operator: compiled, traced,
-    batched by torch.func, under a mode that sees every operator, of a subclass, or shapes alone."""
+    """Whether the arrays hold no numbers that could be looked at: compiled, traced, batched by torch.func, of a
+    subclass that has its numbers elsewhere, or shapes alone."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None  # of torch.jit
         or _transformed()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(x.device.type == "meta" or type(x) not in PLAIN for x in arrays)
+        or any(getattr(mode, "_mode_key", None) is not None for mode in _modes())  # of PyTorch's own tracers
+        or any(x.device.type == "meta" or type(x).__torch_dispatch__ is not DISPATCH for x in arrays)
     )
+
+
+def watched(*arrays: Any) -> bool:
+    """Whether a mode of a caller's, or a subclass, is to see the operator."""
+    return bool(_modes()) or any(type(x) not in PLAIN for x in arrays)
+
+
+def _modes() -> list[Any]:
+    """The modes of __torch_dispatch__ that are on."""
+    return _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+
+
+def _plain(*arrays: Any) -> bool:
+    """Whether nobody but autograd looks at what is computed from the arrays."""
+    return not (opaque(*arrays) or watched(*arrays) or any(map(torch._C._functorch.is_legacy_batchedtensor, arrays)))
 
 
 def has_tangent(*arrays: Any) -> bool:
@@ -141,12 +158,11 @@ def attend(
     """
     if has_tangent(q, k, v):
         _refuse_tangents()
-    run = _Attend.apply if _transformed() else attend_operator
+    run = _Eager.apply if _plain(q, k, v) else _Attend.apply if _transformed() else attend_operator
     return run(q, k, v, key_mask, causal, scale, method)[:3]
 
 
-@torch.library.custom_op("opoch_xp::attend", mutates_args=())
-def attend_operator(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int]
 ) -> Outputs:
     """`attend` on arrays that hold numbers; and seen (..., H, n_q, tiers), the log of the mass that each query had read
@@ -168,6 +184,14 @@ def attend_operator(
     return out, lse, found, seen.reshape(*q.shape[:-1], seen.shape[-1])
 
 
+@torch.library.custom_op("opoch_xp::attend", mutates_args=())
+def attend_operator(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int]
+) -> Outputs:
+    """`_forward` as PyTorch's compiler and transformations see it."""
+    return _forward(q, k, v, key_mask, causal, scale, method)
+
+
 @attend_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, causal: bool, scale: float | None, method: list[int]) -> Outputs:
     check_arrays(q, k, v, key_mask)
@@ -177,8 +201,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, causal: bool, scale: float
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse, q.new_empty(FIGURES, dtype=torch.float32), seen
 
 
-@torch.library.custom_op("opoch_xp::attend_backward", mutates_args=())
-def attend_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, seen: Tensor, dout: Tensor,
     dlse: Tensor, causal: bool, scale: float | None, method: list[int],
 ) -> Gradients:  # fmt: skip
@@ -201,6 +224,15 @@ def _like(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(like.shape).to(like.dtype).contiguous()
 
 
+@torch.library.custom_op("opoch_xp::attend_backward", mutates_args=())
+def attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, seen: Tensor, dout: Tensor,
+    dlse: Tensor, causal: bool, scale: float | None, method: list[int],
+) -> Gradients:  # fmt: skip
+    """`_backward`, likewise."""
+    return _backward(q, k, v, key_mask, out, lse, seen, dout, dlse, causal, scale, method)
+
+
 @attend_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -210,9 +242,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
 def exact_rows(q: Tensor, k: Tensor, causal: bool) -> float:
     """Rows that exact attention reads a query, as a report has them."""
     n_q, n_k = q.shape[-2], k.shape[-2]
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # which has tensors for sizes
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:  # sizes are tensors
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore")
             n_q, n_k = int(n_q), int(n_k)
     return visible_pairs(n_q, n_k, causal) / max(n_q, 1)
 
@@ -254,11 +286,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    run = _AttendBackward.apply if _transformed() else attend_backward
+    run = _EagerBackward.apply if _plain(dout, dlse) else _AttendBackward.apply if _transformed() else attend_backward
     return (*run(*ctx.saved_tensors, dout, dlse, *ctx.options), None, None, None, None)
 
 
-def _refuse_tangents(*_: Any) -> None:
+def _refuse_tangents() -> None:
     raise NotImplementedError(
         "opoch_xp.attention has no forward-mode derivative: differentiate backward, or use backend='generic'"
     )
@@ -275,6 +307,31 @@ attend_operator.register_autograd(_differentiate, setup_context=_keep)
 attend_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
+class _Eager(torch.autograd.Function):
+    """The operator where nobody but autograd looks: the dispatcher takes longer than a small call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Outputs:
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_differentiate)
+
+
+class _EagerBackward(torch.autograd.Function):
+    """Its gradient, likewise."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Gradients:
+        return _backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+        pass
+
+    backward = staticmethod(_refuse)
+
+
 class _Attend(torch.autograd.Function):
     """The operator for transformations of torch.func, which take no gradient registered with an operator."""
 
@@ -286,7 +343,10 @@ class _Attend(torch.autograd.Function):
 
     setup_context = staticmethod(_keep)
     backward = staticmethod(_differentiate)
-    jvp = staticmethod(_refuse_tangents)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _refuse_tangents()
 
 
 class _AttendBackward(torch.autograd.Function):
