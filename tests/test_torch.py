@@ -511,7 +511,8 @@ def test_gradients_for_several_outputs_at_once() -> None:
     batched = torch.func.vmap(gradients)(several)
     legacy = torch.autograd.grad(out, arrays, several, retain_graph=True, is_grads_batched=True)
     for found in (batched, legacy):
-        assert all(torch.equal(ours, other) for ours, other in zip(found, right, strict=True))
+        for ours, other in zip(found, right, strict=True):
+            assert float((ours - other).abs().max()) <= 1e-12 * float(other.abs().max())
 
 
 @pytest.mark.parametrize("backend", [None, "generic"])

@@ -86,7 +86,7 @@ class Memory:
         return np.frombuffer(held, kind).reshape(shape)
 
     def _take(self, file: int, size: int) -> None:
-        """Blocks of the disk for a whole file, now: where there are none, a write to what is mapped ends the process."""
+        """Blocks of the disk for a whole file, now: without them a write to what is mapped ends the process."""
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file, 0, size)
