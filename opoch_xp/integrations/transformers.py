@@ -94,8 +94,8 @@ def key_mask(
     start = int(kv_offset)
     if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
         causal, length = True, int(q_offset) + q_length - start
-        composed = not use_vmap and getattr(mask_function, "__qualname__", "") == COMPOSED
-        if not composed or (local_size is not None and length > local_size):
+        composed = inspect.isfunction(mask_function) and mask_function.__qualname__ == COMPOSED
+        if not composed or use_vmap or (local_size is not None and length > local_size):
             raise NotImplementedError(OTHER_MASK)
         if traced:
             _check_when_run(mask_function, batch_size, q_length, q_offset, start, device)
