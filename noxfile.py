@@ -46,17 +46,20 @@ ARRAYS = files(
 # and a process for each file: XLA's compiler dies after some thousands of programs in one.
 JAX = files("exact", "hashing", "jax", "treecode")
 PLAIN = {"OPOCH_COMPILED": "0"}
+# A worker a core, whose BLAS has one thread: more would wait for one another in every small product.
+SHARED, SINGLE = ["-n", "auto", "--dist", "worksteal"], {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 Run = tuple[list[str], dict[str, str]]  # arguments of pytest, environment
 
 
-def backend(name: str, group: str, about: str, *runs: Run, default: bool = True) -> None:
-    """A session tests(NAME): the suite through one backend, in one or more runs."""
+def backend(name: str, group: str, about: str, *runs: Run, default: bool = True, shared: bool = True) -> None:
+    """A session tests(NAME): the suite through one backend, in one or more runs, each shared among workers or not."""
 
     def run(session: nox.Session) -> None:
         install(session, group)
         for arguments, environment in runs:
-            session.run("pytest", *arguments, *session.posargs, env=environment)
+            how, where = (SHARED, SINGLE) if shared else ([], {})
+            session.run("pytest", *how, *arguments, *session.posargs, env={**where, **environment})
 
     run.__doc__ = about
     nox.session(name=f"tests({name})", default=default)(run)
@@ -77,7 +80,7 @@ backend(
 )  # fmt: skip
 backend(
     "jax", "test-jax", "The JAX plugin: jit, grad, vmap; slow.",
-    *((["--backend", "jax", file], {}) for file in JAX), default=False,
+    *((["--backend", "jax", file], {}) for file in JAX), default=False, shared=False,
 )  # fmt: skip
 backend(
     "minimum", "test-minimum", "The oldest versions that the metadata admits, compiled and plain.",
@@ -85,11 +88,11 @@ backend(
 )  # fmt: skip
 backend(
     "torch-gpu", "test-torch", f"The PyTorch plugin on CUDA tensors. {GPU}",
-    ([*TORCH, "--device", "cuda"], {}), default=False,
+    ([*TORCH, "--device", "cuda"], {}), default=False, shared=False,
 )  # fmt: skip
 backend(
     "cupy", "test-cupy", f"The CuPy plugin, and every wrapper of PTX. {GPU}",
-    (CUPY, {}), ([*CUPY, "tests/cuda/test_wrappers.py"], {}), default=False,
+    (CUPY, {}), ([*CUPY, "tests/cuda/test_wrappers.py"], {}), default=False, shared=False,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -396,9 +397,9 @@ def nothing(x: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["no folder", "full disk", "readable"])
-def test_machine_code_that_cannot_be_kept(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_that_cannot_be_kept(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning that says how to mend it, and the same results."""
-    from numba.core import caching, dispatcher
+    from numba.core import caching, config, dispatcher
 
     def no_folder(self: Any) -> None:
         raise RuntimeError("cannot cache function: no locator available")
@@ -407,6 +408,7 @@ def test_machine_code_that_cannot_be_kept(where: str, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(vector, "_told", [])
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))  # nothing is there from another run
     if where == "no folder":
         monkeypatch.setattr(dispatcher.Dispatcher, "enable_caching", no_folder)
     elif where == "full disk":
