@@ -77,7 +77,7 @@ def _tell_not_kept(reason: str) -> None:
     if not _told:
         _told.append(reason)
         warn(
-            f"machine code is not kept on disk, so that every process compiles it anew, for about a minute: {reason};"
+            f"machine code is not kept on disk, so that every process compiles it anew, for up to a minute: {reason};"
             " set the environment variable NUMBA_CACHE_DIR to a folder that may be written",
             RuntimeWarning,
             stacklevel=2,
