@@ -138,7 +138,8 @@ def attend(
         method, reason = choose(problem)
     assert method is not None  # by now
     if graph is not None:
-        out, lse, figures = graph.attend(q, k, v, key_mask, problem.causal, problem.scale, graph.numbers(method))
+        given = (q, k, v, key_mask, problem.causal, problem.scale, graph.numbers(method))
+        out, lse, figures = graph.attend(*given, problem)
         solution = graph.solution(problem, method, out, lse, figures)
         passes.append(f"{method!r} on all rows, to be differentiated")
     else:

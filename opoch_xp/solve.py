@@ -56,7 +56,7 @@ def solve(problem: Problem, method: Method, watch: Watch | None = None) -> Solut
     """
     lacking = _lacking(problem, type(method))
     if lacking:
-        raise NotImplementedError(f"{lacking}, which a {type(method).__name__} needs there: give method=Exact()")
+        raise NotImplementedError(f"{lacking}, which {type(method).__name__} needs there: give method=Exact()")
     xp, lead, width = problem.xp, problem.q.shape[:3], problem.v.shape[-1]
     here = device(problem.q)
     if 0 in lead:
@@ -76,7 +76,7 @@ def choose(problem: Problem) -> tuple[Method, str]:
     """Exact or Treecode(), whichever is predicted cheaper, and why."""
     lacking = _lacking(problem, Treecode)
     if lacking:
-        return Exact(), f"{lacking}, which a Treecode needs there"
+        return Exact(), f"{lacking}, which Treecode needs there"
     shape = problem.n_q, problem.n_k, problem.causal
     exact = predicted(*shape, Exact(), problem.kernels.COST)
     tree = predicted(*shape, Treecode(), problem.kernels.COST)

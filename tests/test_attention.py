@@ -426,7 +426,7 @@ def test_a_library_that_lacks_what_a_method_needs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(strict, "take_along_axis")
     for method, kind in ((SMALL, "Treecode"), (ox.LSH(bits=2, tables=2), "LSH")):
         with pytest.raises(
-            NotImplementedError, match=f"has no take_along_axis, which a {kind} needs there: give method="
+            NotImplementedError, match=f"has no take_along_axis, which {kind} needs there: give method="
         ):
             ox.attention(q, k, v, method=method)
     found = ox.attend(q, k, v)

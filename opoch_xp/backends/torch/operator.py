@@ -150,24 +150,30 @@ def without_casts(array: Tensor) -> torch.autocast:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int]
-) -> Gradients:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int],
+    problem: Problem | None = None,
+) -> Gradients:  # fmt: skip
     """out (..., H, n_q, d_v), lse (..., H, n_q), and figures of the report, for `report_of`: see opoch_xp.attend.
 
-    scale None is q.shape[-1] ** -0.5. Raises NotImplementedError for arrays that carry a tangent.
+    scale None is q.shape[-1] ** -0.5; problem: what the arguments were prepared to, where they were. Raises
+    NotImplementedError for arrays that carry a tangent.
     """
     if has_tangent(q, k, v):
         _refuse_tangents()
-    run = _Eager.apply if _plain(q, k, v) else _Attend.apply if _transformed() else attend_operator
+    if _plain(q, k, v):
+        return _Eager.apply(problem, q, k, v, key_mask, causal, scale, method)[:3]
+    run = _Attend.apply if _transformed() else attend_operator
     return run(q, k, v, key_mask, causal, scale, method)[:3]
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int]
-) -> Outputs:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float | None, method: list[int], *,
+    problem: Problem | None = None,
+) -> Outputs:  # fmt: skip
     """`attend` on arrays that hold numbers; and seen (..., H, n_q, tiers), the log of the mass that each query had read
     before the trees of each tier, -inf where it reads none of them."""
-    problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
+    if problem is None:
+        problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
     chosen, shape = method_of(method, problem), problem.q.shape[:3]
     tiers = tier_sizes(named(method), problem.n_k)
     seen = torch.full((*shape, tiers), -torch.inf, dtype=problem.dtype, device=q.device)
@@ -311,23 +317,22 @@ class _Eager(torch.autograd.Function):
     """The operator where nobody but autograd looks: the dispatcher takes longer than a small call."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Outputs:
-        return _forward(*inputs)
+    def forward(ctx: Any, problem: Problem | None, *inputs: Any) -> Outputs:
+        found = _forward(*inputs, problem=problem)
+        _keep(ctx, inputs, found)
+        return found
 
-    setup_context = staticmethod(_keep)
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *_differentiate(ctx, *gradients)
 
 
 class _EagerBackward(torch.autograd.Function):
     """Its gradient, likewise."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Gradients:
+    def forward(ctx: Any, *inputs: Any) -> Gradients:
         return _backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-        pass
 
     backward = staticmethod(_refuse)
 
