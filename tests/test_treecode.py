@@ -154,7 +154,8 @@ def test_rows_read_are_the_oracles(backend: Backend, call: Call, method: Treecod
 
 def test_long_runs_are_judged_by_their_small_nodes(backend: Backend) -> None:
     """320 of them in 10 chunks, and 160 nodes at the top: more is opened than were they 160, or 128."""
-    method = Treecode(rtol=0.3, sinks=3, block=64, fan=16, leaf=1, branch=4, top=32, group=8, least=2)
+    most = 640 if backend.option == "jax" else None  # where None is a bound of 128, which would be met
+    method = Treecode(rtol=0.3, sinks=3, block=64, fan=16, leaf=1, branch=4, top=32, group=8, least=2, most=most)
     agrees_with_the_oracle(backend, Call(*qkv(16, 16, 640), None, False, 1.0), method, with_lists=False)
 
 
