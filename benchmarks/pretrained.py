@@ -299,8 +299,9 @@ def kept(table: Table, model: Model) -> Scores:
     places = [held["columns"].index(name) for name in SCORES]
     found = {(row[0], row[1]): [row[place] for place in places] for row in held["rows"]}
     for name, text in texts().items():
+        label = labelled(name, model.ids(text))
         for method in methods(model.tokens):
-            found[labelled(name, model.ids(text)), method.name]
+            found[label, method.name]
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import device
 
-from opoch_xp.arguments import prepare, restore
+from opoch_xp.arguments import prepare, restore, to_host
 from opoch_xp.methods import Method
 from opoch_xp.problem import Problem, Solution
 from opoch_xp.solve import check_method, choose, solve
@@ -77,9 +77,7 @@ class Audit:
 
 def host_array(array: Array) -> np.ndarray:
     """The array's figures on the host, float64."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu().numpy()
-    return np.asarray(array.get() if hasattr(array, "get") else array, dtype=np.float64)
+    return to_host(array).astype(np.float64, copy=False)
 
 
 def sampled_rows(problem: Problem, rows: int, seed: int) -> np.ndarray:

@@ -55,24 +55,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     part = _part(path)
-    with part.open("xb") as file:
-        try:
+    opened = part.open("xb")
+    try:
+        with opened as file:
             if path.exists():
                 with suppress(OSError):  # of file systems without modes
                     os.chmod(part, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
-            _removed(part)
-            raise
-    try:
         part.replace(os.path.realpath(path))
     except BaseException:
-        _removed(part)
+        with suppress(OSError):
+            part.unlink()
         raise
-
-
-def _removed(part: Path) -> None:
-    with suppress(OSError):
-        part.unlink()

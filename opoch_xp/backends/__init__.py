@@ -81,26 +81,26 @@ def namespace(name: str) -> Any:
     )
 
 
-def _points() -> Iterable[EntryPoint]:
-    """The entry points of the group; a distribution whose list of them cannot be read hides none of others."""
+def _read() -> tuple[Iterable[EntryPoint], dict[str, Exception]]:
+    """The entry points of the group; and, by distribution, why those that cannot be read cannot. They hide none of
+    others."""
     try:
-        return entry_points(group=GROUP)
+        return entry_points(group=GROUP), {}
     except Exception:  # of a line in any group of any distribution
-        return [point for points in _each().values() for point in points if isinstance(point, EntryPoint)]
-
-
-def _each() -> dict[str, tuple[EntryPoint | Exception, ...]]:
-    """The entry points of the group by distribution, or why they cannot be read."""
-    found: dict[str, tuple[EntryPoint | Exception, ...]] = {}
+        pass
+    points: list[EntryPoint] = []
+    faults, seen = {}, set()
     for distribution in distributions():
         name, _ = _named(distribution)
+        if name in seen:  # the first on the path is the one that is imported
+            continue
+        seen |= {name} if name else set()
         try:
-            points: Iterable[EntryPoint | Exception] = distribution.entry_points.select(group=GROUP)
+            points += distribution.entry_points.select(group=GROUP)
         except Exception as error:
-            points = (error,) if f"[{GROUP}]" in _listing(distribution) else ()
-        key = name or str(id(distribution))
-        found.setdefault(key, tuple(points))  # the first on the path is the one that is imported
-    return found
+            if f"[{GROUP}]" in _listing(distribution):
+                faults[name] = error
+    return points, faults
 
 
 def _listing(distribution: Distribution) -> str:
@@ -122,7 +122,7 @@ def _named(distribution: Distribution | None) -> tuple[str, str]:
 @cache
 def _found() -> dict[str, tuple[EntryPoint, ...]]:
     found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in _points():
+    for point in _read()[0]:
         known = found.setdefault(point.name, ())
         if all(point.value != other.value for other in known):  # one distribution may be on the path twice
             found[point.name] = (*known, point)
@@ -223,14 +223,9 @@ def installed() -> list[Backend]:
 
 def _unreadable() -> list[Backend]:
     """Distributions that name backends in a list that cannot be read."""
-    try:
-        entry_points(group=GROUP)
-        return []
-    except Exception:
-        faults = {name: error for name, points in _each().items() for error in points if isinstance(error, Exception)}
     return [
         Backend(name, "entry_points.txt", "", False, f"its entry points cannot be read: {error}", (), ())
-        for name, error in faults.items()
+        for name, error in _read()[1].items()
     ]
 
 

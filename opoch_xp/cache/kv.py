@@ -1,6 +1,5 @@
 """KVCache: keys and values that grow, and attention over them token by token."""
 
-import os
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -8,7 +7,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 from array_api_compat import device
@@ -16,7 +14,7 @@ from array_api_compat import device
 from opoch_xp.arguments import check_scale
 from opoch_xp.attention import Attention, Report
 from opoch_xp.audit import Audit, check_rows, compared
-from opoch_xp.cache import file
+from opoch_xp.cache import file, forked
 from opoch_xp.cache.exact import attend_exactly, last_seen
 from opoch_xp.cache.forest import Forest
 from opoch_xp.cache.groups import entries, figures, joined, of_columns, together
@@ -367,7 +365,7 @@ class KVCache:
     def _new_store(self, layout: Layout) -> Any:
         memory = Memory(layout.xp, layout.device, layout.host, self.offload)
         if memory.mapped:
-            _mapped.add(self)
+            forked.leave_to_parent(self)
         if isinstance(self.method, Treecode):
             return Forest(layout, self.method, self.capacity, memory, self.offload_finest)
         return Rows(layout, self.method, self.capacity, memory)
@@ -483,29 +481,6 @@ class KVCache:
         passes = (f"{self.method!r} over a cache of {len(self):,} tokens",)
         report = Report(self.method, "the cache's", read, seen / queries, passes, met_bound=bounded)
         return Attention(out, lse, report)
-
-
-class _Forked:
-    """In the place of a store that a fork left to two processes, which would write each other's tokens."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(
-            "this cache's keys lie in files that are the parent's since the fork of this process: save the cache before"
-            " forking, and load it in the child"
-        )
-
-
-_mapped: WeakSet[KVCache] = WeakSet()  # caches whose keys lie in files
-
-
-def _leave_to_parent() -> None:
-    for cache in list(_mapped):
-        if cache._store is not None:
-            cache._store = _Forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Changing:
