@@ -1,5 +1,6 @@
 """KVCache: any chunking is one prefill, to rounding; what is refused changes nothing."""
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -767,6 +768,25 @@ def test_no_room_on_the_disk_changes_nothing(tmp_path: Path) -> None:
     same((after.out, after.lse), (before.out, before.lse), "as it was")
     cache.append(k[:, :, 300:], v[:, :, 300:])
     assert len(cache) == 4096
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a system that takes no room in advance")
+def test_room_on_the_disk_is_taken_before_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opoch_xp.cache import memory
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _, k, v = arrays(n=300, batch=1)
+    cache = ox.KVCache(ALONE, offload=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left on device, for") as error:
+            cache.append(k, v)
+    assert error.value.errno == errno.ENOSPC
+    assert len(cache) == 0
+    cache.append(k, v)
+    assert len(cache) == 300
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")

@@ -149,6 +149,14 @@ def test_blas_is_held_whichever_thread_calls(two_blas_threads: list[int]) -> Non
     assert run(lambda _: blas_threads(), [0]) == [held]
 
 
+def test_blas_is_held_where_another_thread_is_in_charge_of_it() -> None:
+    with threadpool_limits(2, user_api="blas"):  # which puts this thread in charge
+        before = blas_threads()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run, lambda _: blas_threads(), [0]).result() == [[1] * len(before)]
+        assert blas_threads() == before
+
+
 def test_ctrl_c_ends_a_call_after_the_tasks_that_run() -> None:
     done = []
 
