@@ -1,5 +1,6 @@
 """From the caller's arguments to a Problem: every check in the caller's words, then one layout for all kernels."""
 
+from math import isfinite
 from numbers import Complex, Real
 from typing import Any
 
@@ -129,7 +130,7 @@ def check_mask(xp: Any, key_mask: Array, k: Array) -> None:
 def _sum_is_finite(xp: Any, array: Array) -> bool:
     """One summing pass: True says that every entry is finite; the sum of finite entries may overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(xp.isfinite(xp.sum(array)))
+        return isfinite(float(detached(xp.sum(array))))
 
 
 def check_finite_array(xp: Any, name: str, array: Array) -> None:
@@ -195,11 +196,19 @@ def prepare(
 ) -> Problem:
     """The Problem that the arguments pose, or TypeError or ValueError in the caller's words."""
     xp = check_arrays(q, k, v, key_mask)
-    kernels = kernels_named(xp, backend)
-    scale = check_scale(scale, q.shape[-1])
+    problem = lay_out(xp, kernels_named(xp, backend), q, k, v, causal, check_scale(scale, q.shape[-1]), key_mask)
+    if check_finite or (check_finite is None and on_host(xp, q)):
+        check_finite_array(xp, "k", problem.k)
+        check_finite_array(xp, "v", problem.v)
+    return problem
+
+
+def lay_out(
+    xp: Any, kernels: Any, q: Array, k: Array, v: Array, causal: bool, scale: float, key_mask: Array | None
+) -> Problem:
+    """The Problem of arguments that were checked."""
     if kernels.name != "generic":  # kernels write in place: gradients are opoch_xp.graphs'
         q, k, v = (detached(x) for x in (q, k, v))
-
     stored = q.dtype if dtype_name(q) in kernels.ACCEPTS else xp.float32
     key_heads = 1
     for size in k.shape[:-2]:
@@ -221,9 +230,6 @@ def prepare(
         zero = xp.zeros((), dtype=k3.dtype, device=device(k3))
         k3 = xp.where(mask[..., None], k3, zero)
         v3 = xp.where(mask[..., None], v3, zero)
-    if check_finite or (check_finite is None and on_host(xp, q)):
-        check_finite_array(xp, "k", k3)
-        check_finite_array(xp, "v", v3)
     return Problem(xp, kernels, q3, k3, v3, mask, bool(causal), float(scale))
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from array_api_compat import device
 
 from opoch_xp.backends import library
-from opoch_xp.cost import predicted, visible_pairs
+from opoch_xp.cost import Cost, predicted, visible_pairs
 from opoch_xp.lsh import attend_buckets
 from opoch_xp.methods import LSH, Exact, Method, Treecode
 from opoch_xp.problem import Problem, Solution, nothing_seen
@@ -77,9 +78,11 @@ def choose(problem: Problem) -> tuple[Method, str]:
     lacking = _lacking(problem, Treecode)
     if lacking:
         return Exact(), f"{lacking}, which Treecode needs there"
-    shape = problem.n_q, problem.n_k, problem.causal
-    exact = predicted(*shape, Exact(), problem.kernels.COST)
-    tree = predicted(*shape, Treecode(), problem.kernels.COST)
-    method: Method = Treecode() if tree < exact else Exact()
+    return _cheaper(problem.n_q, problem.n_k, problem.causal, problem.kernels.COST)
+
+
+@lru_cache(1024)
+def _cheaper(n_q: int, n_k: int, causal: bool, cost: Cost) -> tuple[Method, str]:
+    exact, tree = (predicted(n_q, n_k, causal, method, cost) for method in (Exact(), Treecode()))
     figures = f"per head, in dot products of exact attention: Exact {exact:.3g}, Treecode {tree:.3g}"
-    return method, f"chosen by predicted cost ({figures})"
+    return Treecode() if tree < exact else Exact(), f"chosen by predicted cost ({figures})"

@@ -6,7 +6,6 @@ be written; generic, the generic twins on NumPy arrays; strict, under array-api-
 shapes would refuse.
 """
 
-import hashlib
 import os
 import sys
 import tempfile
@@ -15,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -31,10 +29,8 @@ from opoch_xp.testing import Library, namespace
 if not Path("/proc/driver/nvidia").exists():  # no GPU: Triton's kernels run on the CPU, which it settles when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Numba keeps machine code by the source of each file alone: a folder for each state of all of them
-SOURCES = Path(str(find_spec("opoch_xp.backends.compiled").origin)).parent.glob("*.py")
-DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES))).hexdigest()[:12]
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"opoch-xp-{DIGEST}"))
+# machine code of one folder for every environment that runs tests here
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / "opoch-xp-machine-code"))
 
 registry = import_module("opoch_xp.backends")
 Install = Callable[..., None]

@@ -399,10 +399,7 @@ def nothing(x: Any) -> None:
 @pytest.mark.parametrize("where", ["no folder", "full disk", "readable"])
 def test_machine_code_that_cannot_be_kept(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning that says how to mend it, and the same results."""
-    from numba.core import caching, config, dispatcher
-
-    def no_folder(self: Any) -> None:
-        raise RuntimeError("cannot cache function: no locator available")
+    from numba.core import caching, config
 
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -410,7 +407,7 @@ def test_machine_code_that_cannot_be_kept(where: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(vector, "_told", [])
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))  # nothing is there from another run
     if where == "no folder":
-        monkeypatch.setattr(dispatcher.Dispatcher, "enable_caching", no_folder)
+        monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     elif where == "full disk":
         monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
     x, several = np.zeros(1), []
@@ -420,3 +417,17 @@ def test_machine_code_that_cannot_be_kept(where: str, tmp_path: Path, monkeypatc
             several[-1](x)
     assert x[0] == 3
     assert [str(warning.message).count("NUMBA_CACHE_DIR") for warning in told] == [1] * (where != "readable")
+
+
+def test_machine_code_is_made_anew_when_any_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba looks at the file of the function alone; machine code holds parts of others."""
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    taken = []
+    for sources in ("one", "one", "another"):
+        monkeypatch.setattr(vector._Kept, "_SOURCES", sources)
+        function = vector.compiled(nothing)
+        function(np.zeros(1))
+        taken.append(sum(function.stats.cache_hits.values()))
+    assert taken == [0, 1, 0]

@@ -325,24 +325,24 @@ def blocks_backward(
 ) -> None:  # fmt: skip
     """Gradients of exact attention for the entries from low to high: q (batch, repeat, n_q, d), k (batch, n_k, d), v
     (batch, n_k, e), mask (batch, n_k) or empty; lse, delta (batch, repeat, n_q) and dout (batch, repeat, n_q, e).
-    Causal: query i sees the keys up to i + n_k - n_q. Adds to dq, dk and dv.
+    Causal: query i sees the keys up to i + n_k - n_q. Adds to dq, dk and dv; the rows of dk and dv are whole vectors.
 
-    A tile is TILE queries against TILE keys, whose weights and slopes are made once and mixed three times.
+    A tile is up to TILE queries against TILE keys, whose weights and slopes are made once and mixed three times.
     """
     _, repeat, n_q, dim = q.shape
     n_k, e, kind = k.shape[1], v.shape[2], q.dtype
     vector = VECTOR // q.itemsize
-    wide, wide_e = -(-dim // vector) * vector, -(-e // vector) * vector
-    lined, lined_dout = np.zeros((TILE, wide), kind), np.zeros((TILE, wide_e), kind)
-    turned, turned_dout = np.empty((dim, TILE), kind), np.empty((e, TILE), kind)
-    weight, slope = np.empty((TILE + ROWS, TILE), kind), np.empty((TILE + ROWS, TILE), kind)
-    whole, rest, sums = np.empty(TILE, kind), np.empty(TILE, kind), np.empty((dim, TILE), kind)
+    g = min(TILE, -(-n_q // vector) * vector)
+    lined, lined_dout = np.zeros((g, dk.shape[2]), kind), np.zeros((g, dv.shape[2]), kind)
+    turned, turned_dout = np.empty((dim, g), kind), np.empty((e, g), kind)
+    weight, slope = np.empty((TILE + ROWS, g), kind), np.empty((TILE + ROWS, g), kind)
+    whole, rest, sums = np.empty(g, kind), np.empty(g, kind), np.empty((dim, g), kind)
     index, ids, places = np.empty(TILE + ROWS, np.int64), np.arange(TILE + ROWS), np.empty(TILE + ROWS, np.int64)
     for b in range(low, high):
         for r in range(repeat):
-            for start in range(0, n_q, TILE):
-                count = min(TILE, n_q - start)
-                for j in range(TILE):
+            for start in range(0, n_q, g):
+                count = min(g, n_q - start)
+                for j in range(g):
                     seen = j < count and abs(lse[b, r, start + min(j, count - 1)]) < np.inf
                     whole[j] = lse[b, r, start + j] if seen else np.inf
                     rest[j] = delta[b, r, start + j] if seen else 0
@@ -350,8 +350,8 @@ def blocks_backward(
                         lined[j, c] = q[b, r, start + j, c] * scale if seen else 0
                     for c in range(e):
                         lined_dout[j, c] = dout[b, r, start + j, c] if seen else 0
-                turn(lined, 0, TILE, 0, dim, turned)
-                turn(lined_dout, 0, TILE, 0, e, turned_dout)
+                turn(lined, 0, g, 0, dim, turned)
+                turn(lined_dout, 0, g, 0, e, turned_dout)
                 sums[:] = 0
                 last = start + count - 1 + n_k - n_q if causal else n_k - 1
                 for key in range(0, last + 1, TILE):
@@ -367,11 +367,11 @@ def blocks_backward(
                         if mask.size and not mask[b, key + i]:
                             weight[i, :] = -np.inf
                         elif hides:
-                            for j in range(min(max(0, key + i - start - n_k + n_q), TILE)):
+                            for j in range(min(max(0, key + i - start - n_k + n_q), g)):
                                 weight[i, j] = -np.inf
                         masses.weigh_against(weight, slope, i, whole, rest)
-                    add_rows(weight, held, ids, lined_dout, TILE, e, dv[b], places, 0)
-                    add_rows(slope, held, ids, lined, TILE, dim, dk[b], places, 0)
+                    add_rows(weight, held, ids, lined_dout, count, dv.shape[2], dv[b], places, 0)
+                    add_rows(slope, held, ids, lined, count, dk.shape[2], dk[b], places, 0)
                     mix(k[b], index, 0, held, 0, dim, slope[:held], sums)
                 for j in range(count):
                     for c in range(dim):

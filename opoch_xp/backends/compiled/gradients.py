@@ -12,6 +12,7 @@ import numpy as np
 from opoch_xp.backends.compiled.backward import blocks_backward, groups_backward, summaries_backward
 from opoch_xp.backends.compiled.plain import plain
 from opoch_xp.backends.compiled.tree import KEYS, Launch
+from opoch_xp.backends.compiled.vector import lanes
 from opoch_xp.methods import Treecode
 from opoch_xp.threads import share
 from opoch_xp.treecode.tree import Tree
@@ -111,7 +112,11 @@ def exact_backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of q (batch, repeat, n_q, d), k (batch, n_k, d) and v of exact attention, an entry of the batch a task:
     for many of few keys. lse (batch, repeat, n_q) of the whole softmax, of which these keys may be a part."""
-    found = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    vector = lanes(q.dtype)
+    dq, dk, dv = (
+        np.zeros_like(q),
+        *(np.zeros((*x.shape[:2], -(-x.shape[2] // vector) * vector), x.dtype) for x in (k, v)),
+    )
     given = [plain(x) for x in (q, k, v)]
     told = [plain(x) for x in (lse, dout, delta)]
     kept = NO_MASK if mask is None else plain(mask)
@@ -119,7 +124,7 @@ def exact_backward(
 
     def work(low: int) -> None:
         high = min(low + step, len(q))
-        blocks_backward(*given, kept, *told, causal, q.dtype.type(scale), low, high, *found)
+        blocks_backward(*given, kept, *told, causal, q.dtype.type(scale), low, high, dq, dk, dv)
 
     share(work, range(0, len(q), step), workers)
-    return found
+    return dq, dk[..., : k.shape[2]], dv[..., : v.shape[2]]

@@ -63,12 +63,15 @@ def _block(rows: int, vectors: int, along: bool) -> Any:
     return block
 
 
-def _multiply(to: Vectors, count: Any, into: list[Any], vectors: int, column: Any, base: Any, factor: Any) -> None:
-    """into[r] += sum over c below count of factor(c, base(c), r) * column(c), `vectors` vectors of it, in registers."""
-    sums = [[to.variable(to.load(pointer, v)) for v in range(vectors)] for pointer in into]
+def _multiply(
+    to: Vectors, count: Any, into: list[Any], vectors: int, column: Any, base: Any, factor: Any, mask: Any = None
+) -> None:
+    """into[r] += sum over c below count of factor(c, base(c), r) * column(c), `vectors` vectors of it, in registers;
+    with a mask, of the numbers where it is set."""
+    sums = [[to.variable(to.load(pointer, v, mask)) for v in range(vectors)] for pointer in into]
     with to.each(count) as c:
         start = column(c)
-        xs = [to.load(start, v) for v in range(vectors)]
+        xs = [to.load(start, v, mask) for v in range(vectors)]
         here = base(c) if base else None
         for r, held in enumerate(sums):
             one = to.spread(to.builder.load(factor(c, here, r)))
@@ -76,11 +79,12 @@ def _multiply(to: Vectors, count: Any, into: list[Any], vectors: int, column: An
                 to.set(variable, to.fma(one, x, to.get(variable)))
     for pointer, held in zip(into, sums, strict=True):
         for v, variable in enumerate(held):
-            to.store(to.get(variable), pointer, v)
+            to.store(to.get(variable), pointer, v, mask)
 
 
-def _rank(rows: int, vectors: int) -> Any:
-    """rank(a, ai, ao, first, count, x, xi, xj, out, oi, oo, oj): for r below `rows` and j in `vectors` vectors
+def _rank(rows: int, vectors: int, part: bool = False) -> Any:
+    """rank(a, ai, ao, first, count, x, xi, xj, out, oi, oo, oj, columns): for r below `rows`, and j in `vectors` of
+    vectors or, in part of one, below `columns`,
 
         out[oi[oo + r], oj + j] += sum over c below count of a[ai[ao + r], first + c] * x[xi + c, xj + j]
 
@@ -90,11 +94,11 @@ def _rank(rows: int, vectors: int) -> Any:
     @emitted
     def rank(
         typing: Any, a: Any, ai: Any, ao: Any, first: Any, count: Any, x: Any, xi: Any, xj: Any, out: Any, oi: Any,
-        oo: Any, oj: Any,
+        oo: Any, oj: Any, columns: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             to = Vectors(context, builder, x.dtype)
-            _, _, ao_, first_, count_, _, xi_, xj_, _, _, oo_, oj_ = arguments
+            _, _, ao_, first_, count_, _, xi_, xj_, _, _, oo_, oj_, columns_ = arguments
             a_, ai_, x_, out_, oi_ = to.arrays(signature, arguments, 0, 1, 5, 8, 9)
 
             def row_of(index: Any, start: Any, r: int) -> Any:
@@ -104,11 +108,12 @@ def _rank(rows: int, vectors: int) -> Any:
             _multiply(
                 to, count_, [to.at(out_, row_of(oi_, oo_, r), oj_) for r in range(rows)], vectors,
                 lambda c: to.at(x_, builder.add(xi_, c), xj_), None, lambda c, base, r: builder.gep(lefts[r], [c]),
+                to.first(columns_) if part else None,
             )  # fmt: skip
             return context.get_dummy_value()
 
         whole = types.intp
-        return types.void(a, ai, whole, whole, whole, x, whole, whole, out, oi, whole, whole), generate
+        return types.void(a, ai, whole, whole, whole, x, whole, whole, out, oi, whole, whole, whole), generate
 
     return rank
 
@@ -252,7 +257,7 @@ def mix(a: Array, index: Array, start: int, stop: int, first: int, columns: int,
 
 def _products(rows: int, along: int = _ALONG) -> Any:
     """See add_products: for so many rows at a time, and vectors of a row where there are as many."""
-    rank_along, rank_one = _rank(rows, along), _rank(rows, 1)
+    rank_along, rank_one, rank_part = _rank(rows, along), _rank(rows, 1), _rank(rows, 1, part=True)
 
     @inlined
     def products(
@@ -262,15 +267,13 @@ def _products(rows: int, along: int = _ALONG) -> Any:
         vector = VECTOR // x.itemsize
         j = 0
         while j + along * vector <= columns:
-            rank_along(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j)
+            rank_along(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j, 0)
             j += along * vector
         while j + vector <= columns:
-            rank_one(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j)
+            rank_one(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j, 0)
             j += vector
-        for column in range(j, columns):
-            for r in range(rows):
-                for c in range(count):
-                    out[oi[oo + r], oj + column] += a[ai[ao + r], first + c] * x[xi + c, xj + column]
+        if j < columns:
+            rank_part(a, ai, ao, first, count, x, xi, xj + j, out, oi, oo, oj + j, columns - j)
 
     return products
 

@@ -8,6 +8,8 @@ meaning.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from warnings import warn
 
@@ -16,8 +18,11 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils, entrypoints
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import carray
+
+from opoch_xp.treecode import law
 
 Array = Any
 
@@ -43,28 +48,31 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     folder may be written; a warning says so where none may."""
     made: Any = njit(nogil=True, error_model="numpy", fastmath=FLAGS)(function)
     try:
-        made.enable_caching()
+        made._cache = _Kept(function)
     except RuntimeError:
         _tell_not_kept("no folder for it may be written")
-    except AttributeError:  # NUMBA_DISABLE_JIT=1
-        pass
-    else:
-        made._cache = _Kept(made._cache)
     return made
 
 
-class _Kept:
-    """Numba's cache of a function; where the disk takes nothing, machine code is this process's alone."""
+def _digest() -> str:
+    """Of the sources that machine code may hold parts of: those of this folder, and of the law of a node's mass."""
+    found = [*sorted(Path(__file__).parent.glob("*.py")), Path(law.__file__)]
+    return sha256(b"".join(path.read_bytes() for path in found if path.exists())).hexdigest()
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
+class _Kept(FunctionCache):
+    """Numba's cache of a function, which forgets it when any of the sources has changed, and not its own file alone;
+    where the disk takes nothing, machine code is this process's alone."""
+
+    _SOURCES = _digest()
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, self._SOURCES)
 
     def save_overload(self, *arguments: Any) -> None:
         try:
-            self.cache.save_overload(*arguments)
+            super().save_overload(*arguments)
         except OSError as error:
             _tell_not_kept(str(error))
 
@@ -127,12 +135,35 @@ class Vectors:
             place = self.builder.add(self.builder.mul(index[0], stride), index[1])
         return self.builder.gep(array.data, [place])
 
-    def load(self, pointer: Any, vectors: int = 0) -> Any:
-        """The vector that begins so many vectors after a place."""
-        return self.builder.load(self._cast(pointer, vectors), align=self.size)
+    def load(self, pointer: Any, vectors: int = 0, mask: Any = None) -> Any:
+        """The vector that begins so many vectors after a place; with a mask, nothing is read where it is not set, and
+        zeros stand there."""
+        if mask is None:
+            return self.builder.load(self._cast(pointer, vectors), align=self.size)
+        return self._masked("load", self.kind, self._cast(pointer, vectors), mask, self.constant(0.0))
 
-    def store(self, value: Any, pointer: Any, vectors: int = 0) -> None:
-        self.builder.store(value, self._cast(pointer, vectors), align=self.size)
+    def store(self, value: Any, pointer: Any, vectors: int = 0, mask: Any = None) -> None:
+        """Writes a vector to such a place; with a mask, where it is set."""
+        if mask is None:
+            self.builder.store(value, self._cast(pointer, vectors), align=self.size)
+        else:
+            self._masked("store", ir.VoidType(), value, self._cast(pointer, vectors), mask)
+
+    def first(self, count: Any) -> Any:
+        """The mask of a vector's first `count` numbers."""
+        integers = ir.VectorType(self.whole, self.width)
+        nothing, place = ir.Constant(integers, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+        spread = self.shuffled(self.builder.insert_element(nothing, count, place), nothing, [0] * self.width)
+        return self.builder.icmp_signed("<", ir.Constant(integers, list(range(self.width))), spread)
+
+    def _masked(self, name: str, result: Any, *given: Any) -> Any:
+        """llvm.masked.load or store, whose pointer is followed by its alignment."""
+        arguments = []
+        for one in given:
+            arguments += [one, ir.Constant(ir.IntType(32), self.size)] if one.type.is_pointer else [one]
+        kind = ir.FunctionType(result, [one.type for one in arguments])
+        full = f"llvm.masked.{name}.v{self.width}f{8 * self.size}.p0"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, full), arguments)
 
     def _cast(self, pointer: Any, vectors: int) -> Any:
         if vectors:

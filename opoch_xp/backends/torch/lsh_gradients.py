@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opoch_xp.backends.generic.buckets import Flat, mean_runs, runs_mean, tilings
-from opoch_xp.backends.torch.exact import exact_backward
+from opoch_xp.backends.torch.kernels import exact_backward
 from opoch_xp.backends.torch.scratch import weights_of
 from opoch_xp.buckets import Buckets
 from opoch_xp.hashing import random_hyperplanes

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from opoch_xp.arguments import check_arrays, prepare, restore
-from opoch_xp.backends.torch.exact import exact_backward
+from opoch_xp.arguments import check_arrays, check_scale, lay_out, namespace_of, prepare, restore
+from opoch_xp.backends import kernels_for
+from opoch_xp.backends.torch.kernels import exact_backward
 from opoch_xp.backends.torch.lsh_gradients import lsh_backward
 from opoch_xp.backends.torch.tree_gradients import forest_backward
 from opoch_xp.cost import visible_pairs
@@ -89,9 +90,9 @@ def tier_sizes(method: Method | None, n_k: int) -> int:
 def follows(*arrays: Any) -> bool:
     """Whether PyTorch follows what is computed from these arrays: for gradients or tangents, to compile, trace or batch
     it, to cast, or for a mode or a subclass of its user's."""
-    if opaque(*arrays) or watched(*arrays) or casts(arrays[0]):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
         return True
-    return (torch.is_grad_enabled() and any(x.requires_grad for x in arrays)) or has_tangent(*arrays)
+    return opaque(*arrays) or watched(*arrays) or casts(arrays[0]) or has_tangent(*arrays)
 
 
 def opaque(*arrays: Any) -> bool:
@@ -186,7 +187,10 @@ def _forward(
     figures = [*(solution.rows.get(part, 0.0) for part in PARTS.get(type(chosen), TREE_PARTS)), solution.bounded]
     figures = [*figures[:-1], *[0.0] * (FIGURES - len(figures)), figures[-1]]
     out, lse = restore(q, v, solution.out, solution.lse, problem.xp)
-    found = torch.stack([torch.as_tensor(figure, device=q.device).float() for figure in figures])
+    if any(isinstance(figure, Tensor) for figure in figures):
+        found = torch.stack([torch.as_tensor(figure, device=q.device).float() for figure in figures])
+    else:
+        found = torch.tensor(figures, dtype=torch.float32, device=q.device)
     return out, lse, found, seen.reshape(*q.shape[:-1], seen.shape[-1])
 
 
@@ -212,7 +216,8 @@ def _backward(
     dlse: Tensor, causal: bool, scale: float | None, method: list[int],
 ) -> Gradients:  # fmt: skip
     """Gradients of q, k and v."""
-    problem = prepare(q, k, v, causal=causal, scale=scale, key_mask=key_mask, check_finite=False)
+    xp = namespace_of(q=q)
+    problem = lay_out(xp, kernels_for(xp), q, k, v, causal, check_scale(scale, q.shape[-1]), key_mask)
     shape = problem.q.shape[:3]
     out, dout = (x.to(problem.q.dtype).reshape(*shape, v.shape[-1]) for x in (out, dout))
     alive = torch.isfinite(lse.reshape(shape))
