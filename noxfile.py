@@ -169,7 +169,7 @@ def transformers(session: nox.Session) -> None:
     )
     session.install(*rest, ".")
     session.install("--no-deps", data)
-    session.run("pytest", "tests/test_transformers.py", *session.posargs)
+    session.run("pytest", *files("evaluation", "transformers"), *session.posargs)
 
 
 QUIET = {"NO_MKDOCS_2_WARNING": "1"}  # a notice of the theme's about its successor

@@ -14,8 +14,8 @@ import opoch_xp as ox
 from opoch_xp import vectors, workloads
 from opoch_xp.cli import needle, tables
 from opoch_xp.cli.rows import Input, Row, exact_row, method_row
-from opoch_xp.cli.tables import method_name
 from opoch_xp.measure import timed
+from opoch_xp.methods import method_name
 
 MILLION = 1_000_000
 DOCS = Path(__file__).parent.parent / "docs" / "claims.md"

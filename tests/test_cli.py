@@ -16,7 +16,7 @@ import opoch_xp
 from opoch_xp import workloads
 from opoch_xp.cli import rows, tables, wall
 from opoch_xp.cli.app import Workload, app
-from opoch_xp.methods import LSH, Exact, Treecode
+from opoch_xp.methods import LSH, Exact, Treecode, method_name
 
 
 def run(*arguments, code=0):
@@ -147,9 +147,9 @@ def test_audit_of_a_file(heads, tmp_path):
     assert sum("<- chosen" in cells[0] for cells in body) == 1
     found = json.loads(path.read_text())
     chosen = eval(found["chosen"], {"Exact": Exact, "LSH": LSH, "Treecode": Treecode})
-    assert f"tol=0.3: {tables.method_name(chosen)}" in result.stdout
+    assert f"tol=0.3: {method_name(chosen)}" in result.stdout
     bounds = {row["method"]: row["bound"] for row in found["rows"]}
-    assert bounds.get(tables.method_name(chosen), 0.0) <= 0.3
+    assert bounds.get(method_name(chosen), 0.0) <= 0.3
 
 
 def test_audit_refuses_in_one_line(heads, tmp_path):
@@ -279,6 +279,6 @@ def test_figures_in_words(words, value, text):
 
 
 def test_methods_are_named_as_they_are_written():
-    assert tables.method_name(Exact()) == "Exact()"
-    assert tables.method_name(Treecode(group=1)) == "Treecode(group=1)"
-    assert tables.method_name(LSH(window=512)) == "LSH(bits=12, tables=8, window=512)"
+    assert method_name(Exact()) == "Exact()"
+    assert method_name(Treecode(group=1)) == "Treecode(group=1)"
+    assert method_name(LSH(window=512)) == "LSH(bits=12, tables=8, window=512)"

@@ -36,7 +36,7 @@ from transformers import (  # noqa: E402
 )
 
 import opoch_xp as ox  # noqa: E402
-from opoch_xp.integrations import transformers  # noqa: E402
+from opoch_xp.integrations import registration  # noqa: E402
 from opoch_xp.integrations.transformers import TreecodeCache, key_mask, register  # noqa: E402
 
 OPENED = ox.Treecode(rtol=0, block=16, leaf=4, fan=2, group=8)
@@ -106,7 +106,7 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         reports.append(result.report)
         return result.out
 
-    monkeypatch.setattr(transformers, "attention", told)
+    monkeypatch.setattr(registration, "attention", told)
     return reports
 
 

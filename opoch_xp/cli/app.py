@@ -39,7 +39,7 @@ class Vectors(StrEnum):
     embeddings = "embeddings"
 
 
-class Model(StrEnum):
+class ByteModel(StrEnum):
     """Models that `decode` can run."""
 
     bytes = "bytes"
@@ -137,7 +137,7 @@ def decode(
     key_heads: Annotated[int | None, typer.Option(min=1, help="Key heads that they share. Default: 1.")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of a head. Default: 64.")] = None,
     model: Annotated[
-        Model | None, typer.Option(help="bytes: a small language model goes on with a text instead.")
+        ByteModel | None, typer.Option(help="bytes: a small language model goes on with a text instead.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="The model's text: the end of this file. Default: held-out Python sources.")
@@ -221,6 +221,52 @@ def report(
     from opoch_xp.cli.report import Setup, write_report
 
     write_report(Setup(file, tokens, vectors, seed))
+
+
+@app.command()
+@one_line_errors
+def model(
+    path: Annotated[Path, typer.Argument(help="A folder of a model of transformers, or a .gguf file.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text to read; may be given again. Default: the language reference of this Python."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=64, help="Default: 4,096, or what model and text have.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="window, sinks, lsh or treecode; may be given again. Default: all.")
+    ] = None,
+    tol: Annotated[
+        float, typer.Option(help="Largest KL from the exact model a token, nats; of an encoder 1 - cosine.")
+    ] = 0.01,
+    rtol: Annotated[
+        list[float] | None, typer.Option(help="Of a treecode; may be given again. Default: .05, .1 and .2.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to replace, such as 0-5,12. Default: all.")] = None,
+    device: Annotated[str, typer.Option(help="Of PyTorch.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on a CPU, elsewhere the model's.")] = None,
+    tasks: Annotated[bool, typer.Option("--tasks/--no-tasks", help="Whether questions are asked.")] = True,
+    task_tokens: Annotated[int | None, typer.Option(min=512, help="Of a task, at most. Default: 2,048.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with maps of the heads.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the settings, for register(settings=FILE).")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """What it would do to your model: loss, heads, tasks and time of every method, and which setting to take.
+
+    Some ten minutes for 135 million weights on two cores. Ctrl-C shows what is done.
+    Needs PyTorch and transformers: pip install "opoch-xp[model]".
+    """
+    from opoch_xp.cli.model import Setup, evaluate_model
+    from opoch_xp.cli.tables import Sink
+
+    sink = Sink(json)
+    setup = Setup(
+        path, tuple(text or ()), tokens, tuple(methods or ()), tol, tuple(rtol or ()), layers, device, dtype, tasks,
+        task_tokens, html, save, seed,
+    )  # fmt: skip
+    evaluate_model(setup, sink)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from opoch_xp.cli.rows import AUDIT_ROWS, Input, Row, check, error_notes, measur
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.files import load_qkv
 from opoch_xp.measure import machine
-from opoch_xp.methods import Exact, Method
+from opoch_xp.methods import Exact, Method, method_name
 from opoch_xp.text import name as name_of
 from opoch_xp.tune import many_tables, tune
 
@@ -37,7 +37,7 @@ def audit_file(file: Path, tol: float, causal: bool, seed: int, sink: Sink) -> N
 
 
 def _table(file: Path, given: Input, rows: list[Row], tol: float, chosen: Method) -> Table:
-    name = rows[0].method if isinstance(chosen, Exact) else tables.method_name(chosen)
+    name = rows[0].method if isinstance(chosen, Exact) else method_name(chosen)
     cells = [
         [
             row.method + (" <- chosen" if row.method == name else ""),
@@ -59,7 +59,7 @@ def _table(file: Path, given: Input, rows: list[Row], tol: float, chosen: Method
         f"{machine()}; NumPy {np.__version__}",
     ]
     notes = [
-        f"tol={tol}: {tables.method_name(chosen)}, which opoch_xp.tune found.",
+        f"tol={tol}: {method_name(chosen)}, which opoch_xp.tune found.",
         *error_notes(given.heads, min(AUDIT_ROWS, given.q.shape[-2])),
         "bound: upper end of the error's 95% interval on the worst head, which tol is compared with.",
     ]

@@ -20,7 +20,7 @@ from opoch_xp.cli.product import Product
 from opoch_xp.cli.rows import arrays_of, library_of
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.measure import machine
-from opoch_xp.methods import Exact, Method, Treecode
+from opoch_xp.methods import Exact, Method, Treecode, method_name
 
 Array = Any
 Begin = Callable[[str], None]
@@ -181,7 +181,7 @@ def measure(setup: Setup, begin: Begin) -> list[Row]:
     begin("warming up")
     _warm_up(setup)
     runners = [
-        Runner(tables.method_name(method), KVCache(method, setup.capacity, backend=named(setup.backend)))
+        Runner(method_name(method), KVCache(method, setup.capacity, backend=named(setup.backend)))
         for method in methods(setup)
     ]
     if product:

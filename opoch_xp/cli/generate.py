@@ -18,7 +18,7 @@ from opoch_xp.cli.rows import library_of
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.cli.wall import WINDOW
 from opoch_xp.data import byte_model
-from opoch_xp.methods import Exact, Method, Treecode
+from opoch_xp.methods import Exact, Method, Treecode, method_name
 from opoch_xp.text import printable as escaped
 from opoch_xp.workloads import HEADS_LIMIT
 
@@ -26,7 +26,7 @@ Array = Any
 Begin = Callable[[str], None]
 
 TREECODE = Treecode(block=512, group=1, rtol=0.3)  # reads fewer rows than the window at 8,192
-EXACT = (tables.method_name(Exact()), PRODUCT)
+EXACT = (method_name(Exact()), PRODUCT)
 SHOWN = 200  # bytes of the text that are shown before what was written
 
 
@@ -202,7 +202,7 @@ def ways(setup: Text, capacity: int) -> list[tuple[str, Any, Callable[[], KVCach
     host = xp if writable(xp) else np
 
     def cache(method: Method) -> tuple[str, Any, Callable[[], KVCache]]:
-        return tables.method_name(method), xp, partial(KVCache, method, capacity, backend=named(setup.backend))
+        return method_name(method), xp, partial(KVCache, method, capacity, backend=named(setup.backend))
 
     return [
         cache(Exact()),

@@ -1,11 +1,7 @@
 """`opoch-xp report`: the wall, the needles and a scaling sweep on one page, which holds all it shows."""
 
-import html
-import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from importlib.util import find_spec
 from math import log
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import numpy as np
 
 from opoch_xp import workloads
 from opoch_xp.cli import needle, tables, wall
+from opoch_xp.cli.page import COLOURS, check_plots, count, figure, page_of, section, share, time_of
 from opoch_xp.cli.rows import AUDIT_ROWS, Input, Row, exact_row, method_row, treecodes
 from opoch_xp.cli.tables import Table
 from opoch_xp.methods import Exact
@@ -23,9 +20,6 @@ from opoch_xp.writing import check_target, whole_file
 SMALLEST = 4096  # tokens of the sweep
 WITHIN = 0.05  # error that every point of the sweep keeps
 WORKLOAD = "scattered"
-FIGURE, LEGEND_ROW = (4.6, 2.8), 0.2  # inches, of letters of 10.5 points: readable on a phone too
-DECADES = 50.0  # ratio of the ends of an axis, from which powers of ten mark it
-COLOURS = ("#0b6e99", "#c2571a", "#4c7a34", "#7a4b94", "#8a6d00", "#a03050")
 
 Begin = Callable[[str], None]
 
@@ -55,8 +49,7 @@ def write_report(setup: Setup) -> None:
     Raises ImportError without matplotlib, FileNotFoundError or IsADirectoryError when the file cannot stand there.
     """
     check_target("FILE", setup.path)
-    if find_spec("matplotlib") is None:
-        raise ImportError('the plots need matplotlib: pip install "opoch-xp[report]"')
+    check_plots("report")
     plan = wall.plans(wall.Setup(WORKLOAD, setup.tokens, 64, 1, True, "numpy", setup.seed))[0]
     usual = [method for _, method in plan.methods]
     more = [method for _, method in treecodes(setup.seed) if method not in usual]
@@ -95,45 +88,11 @@ def page(wall_table: Table, rows: list[Row], needles: list[dict[str, Any]], poin
     kept = [point for point in points if point.method is not None]
     parts = [
         "<h1>Attention and retrieval by hashing and by a treecode, measured</h1>",
-        _section(wall_table, _error_against_time(rows)),
-        *(_section(needle.table(result), _recall_against_candidates(result)) for result in needles),
-        _section(_sweep_table(points), _time_against_tokens(points, kept) + _memory_against_tokens(points, kept)),
+        section(wall_table, _error_against_time(rows)),
+        *(section(needle.table(result), _recall_against_candidates(result)) for result in needles),
+        section(_sweep_table(points), _time_against_tokens(points, kept) + _memory_against_tokens(points, kept)),
     ]
-    return PAGE.format(title="opoch-xp report", style=STYLE, body="\n".join(parts))
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2226; background: #fff }
-body { margin: 0 auto; padding: 1.2rem; max-width: 74rem }
-h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem }
-p { margin: .2rem 0; max-width: 60rem } .about, .note { color: #566069; font-size: .9rem }
-.wide { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #dde2e6 }
-th:first-child, td:first-child { text-align: left } th { color: #566069; font-weight: 600 }
-@media (max-width: 40rem) {
-  th, td { padding: .3rem .45rem } th:first-child, td:first-child { white-space: normal; min-width: 7.5rem }
-}
-figure { margin: 1rem 0 } figure svg { width: 100%; max-width: 40rem; height: auto }
-"""
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body>
-{body}
-</body></html>
-"""
-
-
-def _section(table: Table, figures: str) -> str:
-    def cells(row: Any, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    about = "".join(f'<p class="about">{html.escape(line)}</p>' for line in table.about)
-    notes = "".join(f'<p class="note">{html.escape(line)}</p>' for line in table.notes)
-    body = "".join(cells(row, "td") for row in table.rows)
-    grid = f'<div class="wide" tabindex="0"><table>{cells(table.columns, "th")}{body}</table></div>'
-    return f"<h2>{html.escape(table.title)}</h2>{about}{grid}{notes}{figures}"
+    return page_of("opoch-xp report", parts)
 
 
 def _sweep_table(points: list[Point]) -> Table:
@@ -155,69 +114,6 @@ def _sweep_table(points: list[Point]) -> Table:
     return Table("Scaling", about, columns, cells, ["~ is extrapolated from evenly spaced query rows."])
 
 
-def _figure(
-    title: str,
-    x: tuple[str, Callable[[float], str]],
-    y: tuple[str, Callable[[float], str]],
-    draw: Callable[[Any], None],
-    log_axes: str,
-    columns: int = 2,
-) -> str:
-    """One plot as inline SVG, its letters as text; x and y: name of an axis, and how its numbers are written."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    with pyplot.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.5, "font.family": "sans-serif"}
-    ):
-        figure, axes = pyplot.subplots(figsize=FIGURE, layout="constrained")
-        axes.margins(0.1)
-        draw(axes)
-        axes.set(xlabel=x[0], ylabel=y[0])
-        axes.set_title(title, loc="left")
-        for name, axis, write in (("x", axes.xaxis, x[1]), ("y", axes.yaxis, y[1])):
-            if name in log_axes:
-                getattr(axes, f"set_{name}scale")("log")
-                low, high = axis.get_view_interval()
-                close = high < DECADES * low  # then powers of ten are too few
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,), numticks=8))
-                axis.set_minor_formatter(NullFormatter())
-            else:
-                axis.set_major_locator(MaxNLocator(5))
-            axis.set_major_formatter(FuncFormatter(partial(_written, write)))
-        axes.grid(True, which="major", color="#dde2e6")
-        axes.spines[["top", "right"]].set_visible(False)
-        rows = -(-len(axes.get_legend_handles_labels()[0]) // columns)
-        figure.set_figheight(FIGURE[1] + LEGEND_ROW * rows)
-        figure.legend(frameon=False, fontsize=9, loc="outside lower left", ncols=columns)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
-    svg = text.getvalue()
-    return f'<figure role="img" aria-label="{html.escape(title)}">{svg[svg.index("<svg") :]}</figure>'
-
-
-def _written(write: Callable[[float], str], value: float, _: int) -> str:
-    return write(value)
-
-
-def _time(value: float) -> str:
-    """20 ms; 5 s."""
-    return f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:g}%"
-
-
-def _count(value: float) -> str:
-    """1,000; 65k; 1M."""
-    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e4 else f"{value:,.0f}"
-
-
 def _error_against_time(rows: list[Row]) -> str:
     """Methods as points; the time of exact attention, whose error is 0, as a line."""
     kept = [row for row in rows if row.seconds and row.error]
@@ -230,7 +126,7 @@ def _error_against_time(rows: list[Row]) -> str:
         assert exact.seconds is not None
         axes.axvline(exact.seconds, color="#8a939b", linestyle="--", label=exact.method)
 
-    return _figure("Error against time", ("time", _time), ("error", _share), draw, "xy", columns=1)
+    return figure("Error against time", ("time", time_of), ("error", share), draw, "xy", columns=1)
 
 
 def _recall_against_candidates(result: dict[str, Any]) -> str:
@@ -241,7 +137,7 @@ def _recall_against_candidates(result: dict[str, Any]) -> str:
         axes.set_ylim(0, 1.05)
 
     title = f"Recall against candidates, {result['workload']}"
-    return _figure(title, ("share of all vectors that are candidates", _share), ("recall@50", _share), draw, "x", 4)
+    return figure(title, ("share of all vectors that are candidates", share), ("recall@50", share), draw, "x", 4)
 
 
 def _time_against_tokens(points: list[Point], kept: list[Point]) -> str:
@@ -255,7 +151,7 @@ def _time_against_tokens(points: list[Point], kept: list[Point]) -> str:
             label = name if slope is None else f"{name}: N^{slope:.2f}"
             axes.plot(sizes, seconds, "o-", color=colour, label=label)
 
-    return _figure("Time against tokens, at fixed error", ("tokens N", _count), ("time", _time), draw, "xy")
+    return figure("Time against tokens, at fixed error", ("tokens N", count), ("time", time_of), draw, "xy")
 
 
 def _memory_against_tokens(points: list[Point], kept: list[Point]) -> str:
@@ -270,4 +166,4 @@ def _memory_against_tokens(points: list[Point], kept: list[Point]) -> str:
             there = [(tokens, row.extra_bytes) for tokens, row in held if row.extra_bytes]
             axes.plot([a for a, _ in there], [b for _, b in there], "o-", color=colour, label=name)
 
-    return _figure("Extra memory against tokens", ("tokens N", _count), ("extra memory", tables.size), draw, "xy", 1)
+    return figure("Extra memory against tokens", ("tokens N", count), ("extra memory", tables.size), draw, "xy", 1)

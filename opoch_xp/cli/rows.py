@@ -11,10 +11,9 @@ from opoch_xp.arguments import prepare
 from opoch_xp.attention import Attention, attend
 from opoch_xp.audit import audit, exact_rows
 from opoch_xp.backends import installed, kernels_for, namespace
-from opoch_xp.cli.tables import method_name
 from opoch_xp.cost import visible_pairs
 from opoch_xp.measure import cores, timed
-from opoch_xp.methods import Exact, Method, Treecode
+from opoch_xp.methods import Exact, Method, Treecode, method_name
 
 Array = Any
 AUDIT_ROWS = 256  # a head

@@ -6,18 +6,26 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from opoch_xp.methods import LSH, Method
 from opoch_xp.writing import check_target, replaceable, whole_file
 
 STDOUT = "-"
@@ -160,27 +168,23 @@ def _markdown(table: Table) -> str:
 
 
 @contextmanager
-def progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, when that is a terminal; call what is yielded with the name of each step as it begins."""
+def progress(steps: float, weighed: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, when that is a terminal; call what is yielded with the name of each step as it begins, and where
+    steps are weighed with the step's weight, of `steps` altogether: the bar then tells the time that is left."""
     console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    told = (TaskProgressColumn(), TimeRemainingColumn()) if weighed else (MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), BarColumn(), *told, TextColumn("{task.description}"))
     # two frames a second: the thread that draws must not take time from what is being measured
     with Progress(
         *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", total=steps)
-        begun = False
+        last = 0.0
 
-        def begin(description: str) -> None:
-            nonlocal begun
-            bar.update(task, advance=int(begun), description=description, refresh=True)
-            begun = True
+        def begin(description: str, weight: float = 1.0) -> None:
+            nonlocal last
+            bar.update(task, advance=last, description=description, refresh=True)
+            last = weight
 
         yield begin
 
@@ -233,10 +237,3 @@ def factor(value: float | None) -> str:
 
 def _three(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def method_name(method: Method) -> str:
-    """A method as one would write it: the parameters that are not at their defaults, and always an LSH's size."""
-    always = ("bits", "tables") if isinstance(method, LSH) else ()
-    given = [field for field in fields(method) if field.name in always or getattr(method, field.name) != field.default]
-    return f"{type(method).__name__}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in given)})"

@@ -28,7 +28,7 @@ from opoch_xp.cli.rows import (
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.data import byte_model
 from opoch_xp.measure import machine
-from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.methods import LSH, Exact, Method, Treecode, method_name
 
 TOKENS = 1_000_000
 BUCKET = 16  # keys a bucket that an LSH table is sized for: 16 bits at a million tokens
@@ -167,7 +167,7 @@ def _bits(plan: Plan, backend: str | None, begin: Begin) -> list[float]:
     weights, tokens = byte_model.load(), byte_model.text(plan.tokens, byte_model.OFFSET)
     found = []
     for name, method in [(None, Exact()), *plan.methods]:
-        begin(f"bits per byte, {name or tables.method_name(method)}")
+        begin(f"bits per byte, {name or method_name(method)}")
 
         def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, method: Method = method) -> np.ndarray:
             arrays = arrays_of(plan.setup.backend, q, k, v)

@@ -1,0 +1,346 @@
+"""An evaluation, step by step: what is done stays, whatever ends it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opoch_xp.integrations.evaluation import tasks as asked
+from opoch_xp.integrations.evaluation.choice import LOWEST, by_key_head, next_rtol
+from opoch_xp.integrations.evaluation.compared import Compared, Window, name_of, outputs, usual
+from opoch_xp.integrations.evaluation.decoding import STEPS, decoded
+from opoch_xp.integrations.evaluation.heads import Measured, Watch, out_of_memory
+from opoch_xp.integrations.evaluation.results import Decoded, Evaluation, Head, Row, is_tree
+from opoch_xp.integrations.evaluation.scores import Begin, Reference, reference, score
+from opoch_xp.integrations.evaluation.subject import Attend, Call, Subject, sdpa
+from opoch_xp.integrations.registration import register
+from opoch_xp.integrations.settings import Settings
+from opoch_xp.methods import Exact, Treecode, method_name
+from opoch_xp.solve import check_method
+
+LEAST = 64  # tokens: fewer tell nothing
+TRIES = 3  # values of rtol that are tried for a tolerance, beside those that were named
+EQUAL = 1.05  # ratio of KL up to which two settings count as equally good
+EXACT = name_of(None)
+REGISTERED = "opoch_evaluated_decoding"
+
+
+def evaluate(
+    model: Any,
+    ids: Any,
+    methods: Sequence[Compared] | None = None,
+    *,
+    tol: float = 0.01,
+    layers: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    text: str = "",
+    task_tokens: int = 4096,
+    decode: bool = True,
+    seed: int = 0,
+    begin: Begin | None = None,
+) -> Evaluation:
+    """What methods of attention do to a pretrained model of transformers on a text, beside its exact attention.
+
+    model: a causal language model or an encoder, on any device; it is left as it was. ids: its tokens, a tensor (n,) or
+    (1, n), of an encoder (B, n) as well, without padding; the second half is scored. methods: Exact, LSH and Treecode
+    values, a Window, or Settings; None: windows without and with the first keys, LSH, and treecodes of three values of
+    rtol. tol: the largest KL divergence a token from the exact model, in nats, of an encoder 1 - cosine of the mean of
+    its last states: the treecode of largest rtol that stays within it is looked for, and measured. layers: the numbers
+    of the layers to replace, in the order in which the model comes to them; None: all that can be. tokenizer, text:
+    where given, tasks of at most task_tokens tokens are asked of a language model too, with the text between the
+    needles. decode: whether steps of a token are measured, of a language model. seed: of the tasks. begin: called as
+    each step begins, with its name and its weight in tokens.
+
+    Every figure is measured here. Cost: a pass of the model for each method, two more in which the methods attend
+    beside the exact attention, and the tasks. Raises ValueError or TypeError for arguments that do not fit, and where
+    no layer's attention can be replaced. A method for which memory runs out is given up, and its row says so.
+
+    >>> import torch
+    >>> import opoch_xp as ox
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from opoch_xp.integrations.transformers import evaluate
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    >>> found = evaluate(model, torch.arange(128) % 64, [ox.Exact(), ox.Treecode(block=32, leaf=4)], decode=False)
+    >>> [row.name for row in found.rows][:3], found.rows[1].scored.kl < 1e-6
+    (['exact, SDPA', 'Exact()', 'Treecode(block=32, leaf=4)'], True)
+    """
+    study = Study(
+        model, ids, methods, tol=tol, layers=layers, tokenizer=tokenizer, text=text, task_tokens=task_tokens,
+        decode=decode, seed=seed, begin=begin,
+    )  # fmt: skip
+    study.run()
+    return study.result()
+
+
+class Study:
+    """An evaluation that can be ended: `run` does it, `result` tells what is done so far; arguments as in evaluate."""
+
+    def __init__(
+        self, model: Any, ids: Any, methods: Sequence[Compared] | None = None, *, tol: float = 0.01,
+        layers: Sequence[int] | None = None, tokenizer: Any = None, text: str = "", task_tokens: int = 4096,
+        decode: bool = True, seed: int = 0, begin: Begin | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(tol, float) or not 0 < tol < 1:
+            raise ValueError(f"tol must be a number between 0 and 1, both excluded; got {tol!r}")
+        self.subject = Subject(model, layers)
+        self.methods: list[Compared] = list(usual(self.subject.language) if methods is None else methods)
+        for method in self.methods:
+            if not isinstance(method, Window | Settings):
+                check_method(method)
+        self.ids = _checked(ids, self.subject)
+        self.tol, self.decode = tol, decode and self.subject.language
+        self.tasks: list[asked.Task] = []
+        if tokenizer is not None and self.subject.language:
+            self.tasks = asked.tasks(tokenizer, text, min(task_tokens, self.ids.shape[1]), seed)
+        self.begin: Begin = begin or (lambda step, weight: None)
+        self.exact: Reference | None = None
+        self.rows: dict[str, Row] = {EXACT: Row(EXACT)}
+        self.heads: list[Head] = []
+        self.chosen: Row | None = None
+        self.key_heads: dict[int, int] = {}
+        self.stopped = ""
+
+    def run(self) -> None:
+        """All of it. KeyboardInterrupt and other errors pass through: `result` has what was done."""
+        with self.subject.attending():
+            try:
+                measured = self._watch(self.methods, look=True)
+                for method in self.methods:
+                    self._score(method)
+                self._choose(measured)
+                if self.decode and self.ids.shape[1] > 4 * STEPS:
+                    self._decode()
+                self._ask()
+            except KeyboardInterrupt:
+                self.stopped = "interrupted"
+                raise
+            except (MemoryError, RuntimeError) as error:
+                if out_of_memory(error) is None or self.exact is None:
+                    raise
+                self.stopped = "out of memory"
+
+    @property
+    def work(self) -> float:
+        """The weight of all steps, about, as `begin` is told them."""
+        n, passes = self.ids.numel(), len(self.methods) + 2
+        trees = sum(isinstance(method, Treecode) for method in self.methods) + 1
+        work = n * (2 + len(self.methods) / 2 + passes + TRIES) + n
+        work += 2 * n * trees if self.decode else 0
+        work += sum(task.ids.shape[1] for task in self.tasks) * (passes + 1 - trees)
+        return float(work)
+
+    def _watch(self, methods: Sequence[Compared], look: bool) -> list[Measured]:
+        """An exact pass with the methods beside; their rows, and of the first pass the reference and the heads."""
+        watch, n = Watch(methods, look), self.ids.numel()
+        done: list[int] = []
+
+        def attend(call: Call) -> Tensor:
+            self.key_heads[call.layer] = call.key.shape[1]
+            if call.layer not in done:
+                done.append(call.layer)
+                self.begin(f"{', '.join(name_of(m) for m in methods[:1])}{' and others' if methods[1:] else ''}"
+                           f" beside exact attention, layer {call.layer}", n * (1 + len(methods) / 2) / 30)  # fmt: skip
+            return watch(call)
+
+        states = self.subject.pass_over(self.ids, attend)
+        if not watch.exact.seconds:
+            raise ValueError(_nothing(self.subject))
+        if self.exact is None:
+            self.exact = reference(self.subject, self.ids, states, self.begin)
+            exact = score(self.subject, self.exact, self.exact.states)
+            self.rows[EXACT] = Row(EXACT, None, exact, watch.exact.attended(watch.exact))
+        for one in watch.methods:
+            failed = watch.failed.get(one.name, "")
+            attended = None if failed else one.attended(watch.exact)
+            self.rows[one.name] = replace(self._row(one.method), attended=attended, failed=failed)
+        found = watch.found()
+        if self.heads:
+            self.heads = [_with(old, new) for old, new in zip(self.heads, found, strict=True)] if found else self.heads
+        else:
+            self.heads = found
+        return [one for one in watch.methods if one.name not in watch.failed]
+
+    def _row(self, method: Compared | None) -> Row:
+        name = name_of(method)
+        kept = None if isinstance(method, Window) else method
+        return self.rows.get(name, Row(name, kept))
+
+    def _score(self, method: Compared) -> float | None:
+        """The row of a method with its scores; its distance, None where it was given up."""
+        row = self._row(method)
+        assert self.exact is not None
+        if row.failed:
+            return None
+        if row.scored is None:
+            self.begin(f"the model with {row.name}", self.ids.numel())
+            try:
+                states = self.subject.pass_over(self.ids, outputs(method))
+                row = replace(row, scored=score(self.subject, self.exact, states))
+            except (MemoryError, RuntimeError) as error:
+                reason = out_of_memory(error)
+                if reason is None:
+                    raise
+                row = replace(row, failed=reason)
+            self.rows[row.name] = row
+        return None if row.scored is None else row.scored.distance
+
+    def _choose(self, measured: list[Measured]) -> None:
+        """The treecode for the tolerance, and an rtol for each key head, both measured."""
+        trees = [one for one in measured if isinstance(one.method, Treecode)]
+        found = {}
+        for one in trees:
+            row = self.rows[one.name]
+            if row.scored is not None and isfinite(row.scored.distance):
+                found[one.method.rtol] = row.scored.distance  # type: ignore[union-attr]
+        if not found:
+            return
+        like: Any = trees[0].method
+        for _ in range(TRIES):
+            rtol = next_rtol(found, self.tol)
+            if rtol is None:
+                break
+            told = self._score(replace(like, rtol=rtol))
+            if told is None:
+                break
+            found[rtol] = told
+        within = [rtol for rtol in found if found[rtol] <= self.tol]
+        if not within:
+            return
+        chosen: Treecode = replace(like, rtol=max(within))
+        settings = by_key_head(trees, self.key_heads, chosen)
+        pair: list[Compared] = [chosen]
+        if settings is not None:
+            self._score(settings)
+            pair.append(settings)
+        self._watch(pair, look=True)
+        self.chosen = self.rows[name_of(chosen)]
+
+    def _decode(self) -> None:
+        assert self.exact is not None
+        n, base = self.ids.shape[1], None
+        for row in [self.rows[EXACT], *filter(is_tree, list(self.rows.values()))]:
+            if row.failed or (row.name != EXACT and row.attended is None):
+                continue
+            register(REGISTERED)
+            self.begin(f"decoding with {row.name}", 2 * n)
+            method: Any = row.method
+            try:
+                seconds, kl = decoded(self.subject, self.exact, method, REGISTERED)
+            except NotImplementedError:  # a layer that a TreecodeCache cannot hold
+                return
+            except (MemoryError, RuntimeError) as error:
+                if out_of_memory(error) is None:
+                    raise
+                continue
+            base = seconds if base is None else base
+            self.rows[row.name] = replace(row, decoded=Decoded(seconds, base / seconds, kl))
+        self.chosen = None if self.chosen is None else self.rows[self.chosen.name]
+
+    def _ask(self) -> None:
+        others = [m for m in self.methods if self.chosen is None or not isinstance(m, Treecode)]
+        compared: dict[str, Attend] = {EXACT: sdpa, **{name_of(method): outputs(method) for method in others}}
+        for row in self.rows.values():  # of treecodes the chosen one alone: they differ less than tasks can tell
+            if row is self.chosen or (isinstance(row.method, Settings) and row.attended is not None):
+                compared[row.name] = outputs(row.method)
+        for name, attend in compared.items():
+            row, answers = self.rows[name], {}
+            if row.failed:
+                continue
+            for task in self.tasks:
+                self.begin(f"{task.name}: {name}", task.ids.shape[1])
+                answers[task.name] = asked.answer(self.subject, task, attend)
+                self.rows[name] = replace(row, tasks=dict(answers))
+        self.chosen = None if self.chosen is None else self.rows[self.chosen.name]
+
+    def result(self) -> Evaluation:
+        """What is done so far. Raises ValueError before the exact model's row is."""
+        if self.exact is None:
+            raise ValueError("nothing was measured yet: the first pass of the exact model did not end")
+        answer, line, settings = self._answer()
+        losses, long = self.exact.losses, self.exact.long
+        rows = tuple(row for row in self.rows.values() if row.attended is not None or row.failed)  # others were tried
+        return Evaluation(
+            model=self.subject.name, tokens=self.ids.numel(), scored=self.exact.scored,
+            layers=tuple(self.subject.replaced), refused=dict(self.subject.refused),
+            loss=None if losses is None else float(losses.mean()), long_tokens=0 if long is None else len(long),
+            tol=self.tol, rows=rows, heads=tuple(self.heads), answer=answer, line=line,
+            settings=settings, stopped=self.stopped,
+        )  # fmt: skip
+
+    def _answer(self) -> tuple[str, str, Settings | None]:
+        """What to take, in a sentence; the line to paste; what to save."""
+        what = "KL" if self.subject.language else "1 - cosine"
+        tokens = f"{self.ids.shape[1]:,} tokens"
+        if self.chosen is None or self.chosen.attended is None or self.chosen.scored is None:
+            if self.stopped:
+                return f"The evaluation was {self.stopped} before a setting was chosen.", "", None
+            if not any(isinstance(method, Treecode) for method in self.methods):
+                return "No treecode was compared, so no setting was looked for.", "", None
+            return (
+                f"No treecode with an rtol of at least {LOWEST} stays within {what} {self.tol:g} on {tokens}: keep"
+                " scaled_dot_product_attention.", "", None,
+            )  # fmt: skip
+        row = self.chosen
+        told: Any = row.attended
+        method: Any = row.method
+        if told.speedup <= 1.0:
+            return (
+                f"Keep scaled_dot_product_attention for {tokens}: {row.name} stays within {what} {self.tol:g}"
+                f" ({row.scored.distance:.2g}), and takes {1 / told.speedup:.1f} times as long.", "", None,  # type: ignore[union-attr]
+            )  # fmt: skip
+        settings = self.rows.get(name_of(Settings({0: (Exact(),)})))
+        line, kept, better = f"register(method=ox.{method_name(method)})", None, ""
+        every: Settings = Settings(dict.fromkeys(self.subject.replaced, (method,)))
+        if settings is not None and settings.scored is not None and settings.attended is not None:
+            known: Any = settings.attended
+            gain = told.seconds / known.seconds
+            equal = settings.scored.distance <= max(row.scored.distance * EQUAL, 1e-9)  # type: ignore[union-attr]
+            figures = f"{what} {settings.scored.distance:.2g}, {known.speedup:.1f} times faster"
+            if equal and gain > 1.02:
+                held: Any = settings.method
+                kept, line = held, 'register(settings="settings.json")'
+                better = f" An rtol for each key head is {gain:.2f} times faster still at no larger {what} ({figures})."
+            else:
+                better = f" An rtol for each key head does not pay here ({figures})."
+        kept = kept or every
+        if self.subject.refused:
+            line = 'register(settings="settings.json")'
+        answer = (
+            f"Take {row.name}: {what} {row.scored.distance:.2g} for a tolerance of {self.tol:g}, attention"  # type: ignore[union-attr]
+            f" {told.speedup:.1f} times faster on {tokens}.{better}"
+        )
+        return answer, line, kept
+
+
+def _with(old: Head, new: Head) -> Head:
+    return replace(old, error={**old.error, **new.error}, rows={**old.rows, **new.rows})
+
+
+def _checked(ids: Any, subject: Subject) -> Tensor:
+    """ids (B, n) on the model's device."""
+    ids = torch.as_tensor(ids)
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.ndim not in (1, 2):
+        raise TypeError(f"ids must be whole numbers, (n,) or (1, n), got shape {tuple(ids.shape)} and {ids.dtype}")
+    ids = ids[None] if ids.ndim == 1 else ids
+    if subject.language and len(ids) != 1:
+        raise ValueError(f"ids of a language model must be one text, (n,) or (1, n), got {tuple(ids.shape)}")
+    if not len(ids) or ids.shape[1] < LEAST:
+        raise ValueError(f"ids must hold at least {LEAST} tokens, got {ids.shape[1] if len(ids) else 0}")
+    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and ids.shape[1] > most:
+        raise ValueError(
+            f"ids must hold at most the {most:,} tokens that the model has positions for, got {ids.shape[1]:,}"
+        )
+    return ids.to(subject.device)
+
+
+def _nothing(subject: Subject) -> str:
+    reasons = sorted(set(subject.refused.values()))
+    why = f": {reasons[0]}" if reasons else ", since the model does not attend through transformers' interface"
+    if subject.wanted is not None and not reasons:
+        why = f": it has no layer of the numbers {sorted(subject.wanted)}"
+    return f"no attention of {subject.name} can be replaced{why}"

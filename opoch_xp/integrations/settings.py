@@ -1,0 +1,103 @@
+"""Settings: how each layer of a model attends, key head by key head, and the file that they are kept in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from opoch_xp.attention import attention
+from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.solve import check_method
+from opoch_xp.writing import whole_file
+
+FORMAT = "opoch_xp settings 1"
+KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (Exact, LSH, Treecode)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """layers[i]: the methods of layer i, one for each key head and the query heads that share it, or one for all.
+
+    Layers that are left out attend as the model did. Raises TypeError or ValueError for what is no such mapping.
+    """
+
+    layers: Mapping[int, tuple[Method, ...]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping) or not self.layers:
+            raise TypeError(f"layers must map numbers of layers to methods, got {self.layers!r}")
+        for number, methods in self.layers.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"layers must be named by whole numbers from 0 on, got {number!r}")
+            if not isinstance(methods, tuple) or not methods:
+                raise TypeError(f"layer {number} must have a tuple of methods, got {methods!r}")
+            for method in methods:
+                check_method(method)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention of a layer, (B, H, n_q, d_v): query (B, H, n_q, d), key and value (B, H_kv, n_k, ...), on all or
+        some of the layer's heads in their order; options of opoch_xp.attention. A single query reads every key."""
+        methods = self.layers[layer]
+        if query.shape[2] == 1:
+            methods = (Exact(),)
+        return attend_heads(query, key, value, methods, f"layer {layer}", **options)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the settings as JSON, whole or not at all."""
+        layers = {str(number): [_told(one) for one in methods] for number, methods in sorted(self.layers.items())}
+        with whole_file(Path(path)) as file:
+            file.write(json.dumps({"format": FORMAT, "layers": layers}, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Settings":
+        """What `save` wrote; ValueError where the file is no such settings, OSError where it cannot be read."""
+        text = Path(path).read_text()
+        try:
+            held = json.loads(text)
+            if held["format"] != FORMAT:
+                raise ValueError(f"its format is {held['format']!r}, not {FORMAT!r}")
+            return cls({int(n): tuple(map(_method, methods)) for n, methods in held["layers"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} must hold settings that opoch-xp model --save wrote: {error}") from None
+
+
+def attend_heads(
+    query: Tensor, key: Tensor, value: Tensor, methods: Sequence[Method], where: str, **options: Any
+) -> Tensor:
+    """Attention with a method for each key head and the query heads that share it, or one for all; heads of one method
+    are taken together. Raises ValueError, with `where` in front, for another number of methods."""
+    heads, repeat = key.shape[1], query.shape[1] // max(1, key.shape[1])
+    if len(set(methods)) == 1:
+        return attention(query, key, value, method=methods[0], check=False, **options)
+    if len(methods) != heads:
+        raise ValueError(f"{where} has {heads} key heads, and settings for {len(methods)}: they are of another model")
+    batch, _, n_q, _ = query.shape
+    out = query.new_empty(batch, heads, repeat, n_q, value.shape[-1])
+    grouped = query.unflatten(1, (heads, repeat))
+    for method in dict.fromkeys(methods):
+        some = [number for number, one in enumerate(methods) if one == method]
+        found = attention(
+            grouped[:, some].flatten(1, 2), key[:, some], value[:, some], method=method, check=False, **options
+        )
+        out[:, some] = found.unflatten(1, (len(some), repeat))
+    return out.flatten(1, 2)
+
+
+def _told(method: Method) -> dict[str, Any]:
+    """A method as its kind and the fields that are not at their defaults."""
+    given = {field.name: asdict(method)[field.name] for field in fields(method)}
+    return {"method": type(method).__name__} | {
+        field.name: given[field.name] for field in fields(method) if given[field.name] != field.default
+    }
+
+
+def _method(told: dict[str, Any]) -> Method:
+    told = dict(told)
+    kind = told.pop("method")
+    if kind not in KINDS:
+        raise ValueError(f"method must be one of {', '.join(KINDS)}, got {kind!r}")
+    return KINDS[kind](**told)
