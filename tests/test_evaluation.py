@@ -472,7 +472,7 @@ def slow(attended: Any, factor: float = 0.001) -> Any:
     from dataclasses import replace
 
     return lambda self, exact: replace(
-        attended(self, exact), speedup=1.0 if self is exact else factor, seconds=1.0 if self is exact else 1 / factor
+        attended(self, exact), exact_seconds=1.0, seconds=1.0 if self is exact else 1 / factor
     )
 
 

@@ -16,9 +16,9 @@ SHOWN = 8  # heads listed
 
 
 def compared(found: Any) -> str:
-    """The method whose errors and rows are shown: the last treecode that was measured in every head, or any."""
-    names = [name for name in found.heads[0].error if name.startswith("Treecode(")]
-    return (names or list(found.heads[0].error))[-1]
+    """The method whose errors and rows are shown: the chosen one, or the last that was measured."""
+    names = list(found.heads[0].error)
+    return found.chosen if found.chosen in names else names[-1]
 
 
 def _grid(found: Any) -> dict[int, list[Any]]:

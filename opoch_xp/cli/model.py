@@ -290,11 +290,22 @@ def _cells(row: Any, language: bool) -> list[str]:
     return cells
 
 
+def _later(found: Any) -> list[str]:
+    """What must be said of rows that were measured in a second pass."""
+    first = found.rows[0].attended.seconds
+    late = [row for row in found.rows if row.attended is not None and row.attended.exact_seconds != first]
+    if not late:
+        return []
+    seconds = tables.seconds(late[0].attended.exact_seconds)
+    return [f"Measured in a second pass, in which exact attention took {seconds}: {', '.join(r.name for r in late)}."]
+
+
 def _notes(found: Any, language: bool) -> list[str]:
     notes = [
         "error: Frobenius norm of (approximate - exact) over that of exact, mean over heads, with the exact model's q, "
         "k and v; p99: of single queries. rows: read by a query. attention: of all replaced layers, one pass, beside "
         "scaled_dot_product_attention in the same pass; memory: peak of one layer.",
+        *_later(found),
     ]
     if not language:
         return ["1 - cosine: of the mean of the last states, mean over the texts.", *notes]

@@ -38,14 +38,18 @@ class Measured:
     def name(self) -> str:
         return name_of(self.method)
 
+    @property
+    def seconds_of_all(self) -> float:
+        return sum(self.seconds.values())
+
     def attended(self, exact: "Measured") -> Attended:
         """The figures of all layers."""
-        seconds = sum(self.seconds.values())
+        seconds = self.seconds_of_all
         errors = {(layer, head): e for layer, x in self.error.items() for head, e in enumerate(x.tolist())}
         worst = max(errors, key=lambda where: errors[where])
         single = torch.cat([x.flatten() for x in self.single])
         return Attended(
-            seconds, sum(exact.seconds.values()) / seconds, sum(errors.values()) / len(errors), errors[worst], worst,
+            seconds, exact.seconds_of_all, sum(errors.values()) / len(errors), errors[worst], worst,
             float(single.quantile(0.99) if len(single) < 1 << 24 else single[:: len(single) >> 23].quantile(0.99)),
             float(torch.stack(list(self.rows.values())).mean()), self.extra_bytes,
         )  # fmt: skip
