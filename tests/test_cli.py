@@ -282,3 +282,11 @@ def test_methods_are_named_as_they_are_written():
     assert method_name(Exact()) == "Exact()"
     assert method_name(Treecode(group=1)) == "Treecode(group=1)"
     assert method_name(LSH(window=512)) == "LSH(bits=12, tables=8, window=512)"
+
+
+def test_a_model_needs_libraries_that_are_named(monkeypatch):
+    from opoch_xp.cli import model
+
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    line = refused("model", ".")
+    assert 'opoch-xp model needs torch and transformers and accelerate: pip install "opoch-xp[model]"' in line

@@ -29,7 +29,18 @@ from transformers import (  # noqa: E402
 )
 
 import opoch_xp as ox  # noqa: E402
-from opoch_xp.integrations.evaluation import Study, Window, choice, compared, heads, scores, study, tasks  # noqa: E402
+from opoch_xp.integrations.evaluation import (  # noqa: E402
+    Study,
+    Window,
+    choice,
+    compared,
+    heads,
+    results,
+    scores,
+    study,
+    tasks,
+)
+from opoch_xp.integrations.evaluation.answer import fastest  # noqa: E402
 from opoch_xp.integrations.evaluation.subject import Call, Subject, sdpa  # noqa: E402
 from opoch_xp.integrations.settings import attend_heads  # noqa: E402
 from opoch_xp.integrations.transformers import Settings, evaluate, register  # noqa: E402
@@ -259,6 +270,18 @@ def test_the_rtol_for_a_tolerance(power: float, tol: float) -> None:
         assert max(within) >= min(0.6 * best, choice.HIGHEST)
 
 
+def test_the_fastest_within_a_tolerance_and_of_those_alike_the_most_accurate() -> None:
+    def row(rtol: float, kl: float, seconds: float) -> Any:
+        told = results.Attended(seconds, 10.0, 0.0, 0.0, (0, 0), 0.0, 0.0, None)
+        return results.Row(str(rtol), ox.Treecode(rtol=rtol), results.Scored(0.0, kl, 1.0), told)
+
+    rows = [row(0.05, 0.001, 4.0), row(0.1, 0.002, 3.1), row(0.2, 0.004, 3.0), row(0.5, 0.02, 1.0)]
+    rows.append(results.Row("window", None, results.Scored(0.0, 0.0, 1.0), rows[-1].attended))
+    assert [getattr(fastest(rows, tol), "name", None) for tol in (0.01, 0.1, 0.003, 0.001, 1e-4)] == [
+        "0.1", "0.5", "0.1", "0.05", None
+    ]  # fmt: skip
+
+
 def measured(method: Any, rows: Any, share: Any) -> Any:
     """What was measured of two layers of two key heads, each of two query heads."""
     one = heads.Measured(method)
@@ -278,7 +301,9 @@ def test_an_rtol_for_each_key_head_reads_less_for_as_much_wrong() -> None:
     found = choice.by_key_head(trees, {0: 2, 1: 2}, ox.Treecode(rtol=0.1))
     assert found is not None
     assert found.layers[0][0].rtol == pytest.approx(0.1, rel=0.15)  # what it does wrong is all the budget
-    assert [one.rtol for one in (found.layers[0][1], *found.layers[1])] == [0.5] * 3  # what the others do is nothing
+    assert [one.rtol for one in (found.layers[0][1], *found.layers[1])] == [
+        pytest.approx(0.5)
+    ] * 3  # what the others do is nothing
     assert choice.by_key_head(trees[:1], {0: 2, 1: 2}, ox.Treecode(rtol=0.1)) is None
     alike = [measured(ox.Treecode(rtol=x), rows(x), [[x, x], [x, x]]) for x in (0.05, 0.1, 0.2)]
     same = choice.by_key_head(alike, {0: 2, 1: 2}, ox.Treecode(rtol=0.1))
@@ -461,7 +486,7 @@ def test_the_answer_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Keep scaled_dot_product_attention for 400 tokens" in kept.answer
     monkeypatch.setattr(study.Measured, "attended", slow(study.Measured.attended, 100.0))
     taken = evaluate(model, tokens, [SMALL, COARSE], tol=0.5, decode=False)
-    assert taken.answer.startswith("Take Treecode(rtol=")
+    assert taken.answer.startswith("Take Treecode(")
     assert taken.line.startswith("register(")
     assert taken.settings is not None
     assert set(taken.settings.layers) == {0, 1, 2}

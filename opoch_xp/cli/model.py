@@ -229,6 +229,8 @@ def answer(setup: Setup, found: Any) -> list[str]:
         lines += [found.line.replace("settings.json", name)]
         if "settings=" in found.line and setup.save is None:
             lines += ["", f"The settings are written with --save {name}."]
+    if setup.save is not None and found.settings is None:
+        lines += ["", f"Nothing was written to {setup.save}: there is no setting to take."]
     return lines
 
 

@@ -6,7 +6,8 @@ heads     an exact pass in which methods attend beside: times, errors, and where
 scores    the model's output beside the exact model's
 decoding  a token at a time
 tasks     questions to the model
-choice    what to take
+choice    an rtol for a tolerance, and one for each key head
+answer    what to take, in words
 study     the order of it all
 results   what is returned
 """

@@ -12,6 +12,7 @@ from opoch_xp.methods import Treecode
 
 LOWEST, HIGHEST = 0.005, 0.5  # values of rtol that are tried
 MARGIN = 0.8  # of the tolerance, that is aimed at between measured values
+OF_A_HEAD = 0.9  # the largest rtol of a key head
 RUNGS = 25  # values of rtol that a head may have,
 BEYOND = 2.5  # from the least that was measured over this, to the largest times this
 
@@ -60,7 +61,7 @@ def by_key_head(measured: Sequence[Measured], key_heads: Mapping[int, int], targ
     if len(trees) < 2:
         return None
     rtols = np.array(sorted(trees))
-    ladder = np.geomspace(max(LOWEST, rtols[0] / BEYOND), min(HIGHEST, rtols[-1] * BEYOND), RUNGS)
+    ladder = np.geomspace(max(LOWEST, rtols[0] / BEYOND), min(OF_A_HEAD, rtols[-1] * BEYOND), RUNGS)
     ladder = np.unique([*map(_rounded, ladder), target.rtol])
     places = [(layer, head) for layer in key_heads for head in range(key_heads[layer])]
     rows, wrong = (

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from opoch_xp.integrations.evaluation import tasks as asked
-from opoch_xp.integrations.evaluation.choice import LOWEST, by_key_head, next_rtol
+from opoch_xp.integrations.evaluation.answer import Question, fastest
+from opoch_xp.integrations.evaluation.choice import by_key_head, next_rtol
 from opoch_xp.integrations.evaluation.compared import Compared, Window, name_of, outputs, usual
 from opoch_xp.integrations.evaluation.decoding import STEPS, decoded
 from opoch_xp.integrations.evaluation.heads import Measured, Watch, out_of_memory
@@ -18,13 +19,11 @@ from opoch_xp.integrations.evaluation.scores import Begin, Reference, reference,
 from opoch_xp.integrations.evaluation.subject import Attend, Call, Subject, sdpa
 from opoch_xp.integrations.registration import register
 from opoch_xp.integrations.settings import Settings
-from opoch_xp.methods import Exact, Treecode, method_name
+from opoch_xp.methods import Treecode
 from opoch_xp.solve import check_method
 
 LEAST = 64  # tokens: fewer tell nothing
 TRIES = 3  # values of rtol that are tried for a tolerance, beside those that were named
-EQUAL = 1.05  # ratio of KL up to which two settings count as equally good
-PAYS = 1.05  # times faster that settings must be to be taken
 EXACT = name_of(None)
 REGISTERED = "opoch_evaluated_decoding"
 
@@ -50,10 +49,10 @@ def evaluate(
     values, a Window, or Settings; None: windows without and with the first keys, LSH, and treecodes of three values of
     rtol. tol: the largest KL divergence a token from the exact model, in nats, of an encoder 1 - cosine of the mean of
     its last states: the treecode of largest rtol that stays within it is looked for, and measured. layers: the numbers
-    of the layers to replace, in the order in which the model comes to them; None: all that can be. tokenizer, text:
-    where given, tasks of at most task_tokens tokens are asked of a language model too, with the text between the
-    needles. decode: whether steps of a token are measured, of a language model. seed: of the tasks. begin: called as
-    each step begins, with its name and its weight in tokens.
+    of the layers to replace, as the model numbers them; None: all that can be. tokenizer, text: where given, tasks of
+    at most task_tokens tokens are asked of a language model too, with the text between the needles. decode: whether
+    steps of a token are measured, of a language model. seed: of the tasks. begin: called as each step begins, with its
+    name and its weight in tokens.
 
     Every figure is measured here. Cost: a pass of the model for each method, two more in which the methods attend
     beside the exact attention, and the tasks. Raises ValueError or TypeError for arguments that do not fit, and where
@@ -103,6 +102,7 @@ class Study:
         self.heads: list[Head] = []
         self.chosen: Row | None = None
         self.key_heads: dict[int, int] = {}
+        self.layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 12  # of the bar alone
         self.gain: float | None = None  # of an rtol for each key head: times faster than the chosen one for all
         self.stopped = ""
 
@@ -139,13 +139,15 @@ class Study:
         """An exact pass with the methods beside; their rows, and of the first pass the reference and the heads."""
         watch, n = Watch(methods, look), self.ids.numel()
         done: list[int] = []
+        beside = (name_of(methods[0]) if methods else "nothing") + (" and others" if len(methods) > 1 else "")
 
         def attend(call: Call) -> Tensor:
             self.key_heads[call.layer] = call.key.shape[1]
             if call.layer not in done:
                 done.append(call.layer)
-                self.begin(f"{', '.join(name_of(m) for m in methods[:1])}{' and others' if methods[1:] else ''}"
-                           f" beside exact attention, layer {call.layer}", n * (1 + len(methods) / 2) / 30)  # fmt: skip
+                self.begin(
+                    f"{beside} beside exact attention, layer {call.layer}", n * (1 + len(methods) / 2) / self.layers
+                )
             return watch(call)
 
         states = self.subject.pass_over(self.ids, attend)
@@ -214,16 +216,19 @@ class Study:
         within = [rtol for rtol in found if found[rtol] <= self.tol]
         if not within:
             return
-        chosen: Treecode = replace(like, rtol=max(within))
-        settings = by_key_head(trees, self.key_heads, chosen)
-        pair: list[Compared] = [chosen]
+        largest: Treecode = replace(like, rtol=max(within))
+        if self._row(largest).attended is None:
+            trees += self._watch([largest], look=True)
+        self.chosen = fastest(self.rows.values(), self.tol)
+        if self.chosen is None:
+            return
+        method: Any = self.chosen.method
+        settings = by_key_head(trees, self.key_heads, method)
         if settings is not None:
             self._score(settings)
-            pair.append(settings)
-        again = self._watch(pair, look=True)
-        self.chosen = self.rows[name_of(chosen)]
-        if settings is not None and len(again) == 2:
-            self.gain = again[0].seconds_of_all / again[1].seconds_of_all
+            again = self._watch([method, settings], look=True)
+            if len(again) == 2:
+                self.gain = again[0].seconds_of_all / again[1].seconds_of_all
 
     def _decode(self) -> None:
         assert self.exact is not None
@@ -266,7 +271,19 @@ class Study:
         """What is done so far. Raises ValueError before the exact model's row is."""
         if self.exact is None:
             raise ValueError("nothing was measured yet: the first pass of the exact model did not end")
-        answer, line, settings = self._answer()
+        chosen = "" if self.chosen is None else self.chosen.name
+        told = Question(
+            rows=self.rows,
+            chosen=chosen,
+            gain=self.gain,
+            tol=self.tol,
+            layers=self.subject.replaced,
+            partly=bool(self.subject.refused) or self.subject.wanted is not None,
+            what="KL" if self.subject.language else "1 - cosine",
+            size=f"{self.ids.shape[1]:,} tokens",
+            compared=any(isinstance(method, Treecode) for method in self.methods),
+            stopped=self.stopped,
+        ).answer()
         losses, long = self.exact.losses, self.exact.long
         rows = tuple(row for row in self.rows.values() if row.attended is not None or row.failed)  # others were tried
         return Evaluation(
@@ -274,51 +291,8 @@ class Study:
             layers=tuple(self.subject.replaced), refused=dict(self.subject.refused),
             loss=None if losses is None else float(losses.mean()), long_tokens=0 if long is None else len(long),
             tol=self.tol, rows=rows, heads=tuple(self.heads),
-            chosen="" if self.chosen is None else self.chosen.name, answer=answer, line=line,
-            settings=settings, stopped=self.stopped,
+            chosen=chosen, answer=told.text, line=told.line, settings=told.settings, stopped=self.stopped,
         )  # fmt: skip
-
-    def _answer(self) -> tuple[str, str, Settings | None]:
-        """What to take, in a sentence; the line to paste; what to save."""
-        what = "KL" if self.subject.language else "1 - cosine"
-        tokens = f"{self.ids.shape[1]:,} tokens"
-        if self.chosen is None or self.chosen.attended is None or self.chosen.scored is None:
-            if self.stopped:
-                return f"The evaluation was {self.stopped} before a setting was chosen.", "", None
-            if not any(isinstance(method, Treecode) for method in self.methods):
-                return "No treecode was compared, so no setting was looked for.", "", None
-            return (
-                f"No treecode with an rtol of at least {LOWEST} stays within {what} {self.tol:g} on {tokens}: keep"
-                " scaled_dot_product_attention.", "", None,
-            )  # fmt: skip
-        row = self.chosen
-        told: Any = row.attended
-        method: Any = row.method
-        if told.speedup <= 1.0:
-            return (
-                f"Keep scaled_dot_product_attention for {tokens}: {row.name} stays within {what} {self.tol:g}"
-                f" ({row.scored.distance:.2g}), and takes {1 / told.speedup:.1f} times as long.", "", None,  # type: ignore[union-attr]
-            )  # fmt: skip
-        settings = self.rows.get(name_of(Settings({0: (Exact(),)})))
-        line, kept, better = f"register(method=ox.{method_name(method)})", None, ""
-        every: Settings = Settings(dict.fromkeys(self.subject.replaced, (method,)))
-        if self.gain is not None and settings is not None and settings.scored is not None:
-            equal = settings.scored.distance <= max(row.scored.distance * EQUAL, 1e-9)  # type: ignore[union-attr]
-            figures = f"{what} {settings.scored.distance:.2g}, {self.gain:.2f} times as fast"
-            if equal and self.gain > PAYS:
-                held: Any = settings.method
-                kept, line = held, 'register(settings="settings.json")'
-                better = f" An rtol for each key head is faster still ({figures})."
-            else:
-                better = f" An rtol for each key head does not pay here ({figures})."
-        kept = kept or every
-        if self.subject.refused:
-            line = 'register(settings="settings.json")'
-        answer = (
-            f"Take {row.name}: {what} {row.scored.distance:.2g} for a tolerance of {self.tol:g}, attention"  # type: ignore[union-attr]
-            f" {told.speedup:.1f} times faster on {tokens}.{better}"
-        )
-        return answer, line, kept
 
 
 def _with(old: Head, new: Head) -> Head:

@@ -48,7 +48,7 @@ def sdpa(call: Call) -> Tensor:
 class Subject:
     """A model of transformers, on whatever device it is.
 
-    layers: numbers of those to be replaced, in the order in which the model comes to them; None: all that can be.
+    layers: numbers of those to be replaced, as the model numbers them; None: all that can be.
     `refused`: why a layer attends as it did before, by number. Raises ValueError for logits that are not those of the
     last product.
     """
@@ -95,7 +95,9 @@ class Subject:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0,
         scaling: float | None = None, **others: Any,
     ) -> tuple[Tensor, Any]:  # fmt: skip
-        number = self._numbers.setdefault(id(module), len(self._numbers))
+        number = getattr(module, "layer_idx", None)  # by which settings are registered
+        if not isinstance(number, int):
+            number = self._numbers.setdefault(id(module), len(self._numbers))
         try:
             refuse(dropout, others, key.shape[2])
             causal, kept = read(module, mask, query.shape, key.shape[2], others.get("is_causal"))
