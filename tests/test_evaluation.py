@@ -26,6 +26,8 @@ from transformers import (  # noqa: E402
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
 )
 
 import opoch_xp as ox  # noqa: E402
@@ -136,6 +138,7 @@ def test_layers_that_cannot_be_replaced_stay_as_they_were() -> None:
     assert "sliding_window=32" in found.refused[2]
     assert {row.name: row.scored.kl for row in found.rows}["Exact()"] == pytest.approx(0, abs=1e-6)
     assert all(row.decoded is None for row in found.rows[1:])  # a TreecodeCache has no windows
+    assert "was not measured: " in found.notes[0]
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, 100:199], tokens[101:])
     assert found.loss == pytest.approx(float(loss), abs=1e-5)
@@ -145,6 +148,8 @@ def test_some_layers_alone() -> None:
     found = evaluate(llama(), ids(), [COARSE], layers=[1], decode=False)
     assert found.layers == (1,)
     assert {head.layer for head in found.heads} == {1}
+    some = evaluate(llama(), ids(), [COARSE], layers=[1])
+    assert all(row.decoded is None for row in some.rows)  # a TreecodeCache would take all layers
     assert 0 < found.rows[1].scored.kl < evaluate(llama(), ids(), [COARSE], decode=False).rows[1].scored.kl
 
 
@@ -194,7 +199,7 @@ def test_rows_of_each_head_are_those_of_the_call(causal: bool, method: Any) -> N
 
 
 def test_times_and_errors_are_those_of_the_layers() -> None:
-    watch = heads.Watch([COARSE, ox.Exact()], look=True)
+    watch = heads.Watch([COARSE, ox.Exact()])
     given = call(True)
     torch.testing.assert_close(watch(given), sdpa(given))
     coarse, exact = watch.methods
@@ -273,10 +278,10 @@ def test_the_rtol_for_a_tolerance(power: float, tol: float) -> None:
 def test_the_fastest_within_a_tolerance_and_of_those_alike_the_most_accurate() -> None:
     def row(rtol: float, kl: float, seconds: float) -> Any:
         told = results.Attended(seconds, 10.0, 0.0, 0.0, (0, 0), 0.0, 0.0, None)
-        return results.Row(str(rtol), ox.Treecode(rtol=rtol), results.Scored(0.0, kl, 1.0), told)
+        return results.Row(str(rtol), ox.Treecode(rtol=rtol), results.Scored(0.0, kl, 1.0), attended=told)
 
     rows = [row(0.05, 0.001, 4.0), row(0.1, 0.002, 3.1), row(0.2, 0.004, 3.0), row(0.5, 0.02, 1.0)]
-    rows.append(results.Row("window", None, results.Scored(0.0, 0.0, 1.0), rows[-1].attended))
+    rows.append(results.Row("window", None, results.Scored(0.0, 0.0, 1.0), attended=rows[-1].attended))
     assert [getattr(fastest(rows, tol), "name", None) for tol in (0.01, 0.1, 0.003, 0.001, 1e-4)] == [
         "0.1", "0.5", "0.1", "0.05", None
     ]  # fmt: skip
@@ -385,29 +390,45 @@ def test_decoding_is_measured_on_the_same_tokens() -> None:
 
 
 class Words:
-    """A tokenizer of single characters."""
+    """A tokenizer of two characters at a time, whose texts begin with a token of their own."""
+
+    bos_token_id = 1
 
     def __call__(self, text: str, **options: Any) -> Any:
-        return type("Ids", (), {"input_ids": [ord(one) % 97 for one in text]})()
+        places = [(i, min(i + 2, len(text))) for i in range(0, len(text), 2)]
+        ids = [100 + sum(map(ord, text[a:b])) for a, b in places]
+        return type("Told", (), {"input_ids": ids, "offset_mapping": places})()
 
 
 def test_answers_stand_where_a_task_says_and_in_its_text() -> None:
-    made = tasks.tasks(Words(), "All is well. " * 2000, 6000, 1)
+    made, left = tasks.tasks(Words(), "All is well. " * 2000, 6000, 1)
+    assert left == []
     assert [task.name for task in made] == ["needles in text", "needle among its like", "variables", "frequent words"]
     for task in made:
         assert task.ids.shape[1] <= 6000
         assert task.ids.shape[1] > 4000
         ids = task.ids[0].tolist()
         assert task.answers[-1].stop == len(ids)
-        for place in task.answers:
-            answer = ids[place]
-            begin = ids[: task.answers[0].start]
-            assert any(begin[i : i + len(answer)] == answer for i in range(len(begin))), task.name
-    again, other = (tasks.tasks(Words(), "All is well. " * 2000, 6000, seed) for seed in (1, 2))
+        assert ids[0] == 1
+    again, other = (tasks.tasks(Words(), "All is well. " * 2000, 6000, seed)[0] for seed in (1, 2))
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(made, again, strict=True))
     assert not any(torch.equal(a.ids, b.ids) for a, b in zip(made, other, strict=True))
-    with pytest.raises(ValueError, match="needs more than 100 tokens"):
-        tasks.tasks(Words(), "All is well. " * 2000, 100, 1)
+    none, left = tasks.tasks(Words(), "All is well. " * 2000, 100, 1)
+    assert none == []
+    assert left[0] == "The task of needles in text needs more than 100 tokens: it was left out."
+
+
+def test_an_answer_is_placed_by_its_characters_and_stands_in_the_text() -> None:
+    ids, places = tasks._placed(Words(), "It is so.", [("\nA is", " 12"), ("\nB is", " 3")])
+    text = "It is so.\nA is 12\nB is 3"
+    assert len(ids) == (len(text) + 1) // 2
+    held = [text[2 * a : 2 * b] for a, b in places]
+    assert ["12" in held[0], "3" in held[1]] == [True, True]
+    assert all(b - a <= 2 for a, b in places)
+    for make in (tasks._needles("All is well. " * 999), tasks._many_needles, tasks._variables, tasks._frequent_words):
+        pieces, asked = make(np.random.default_rng(0), 8000)
+        assert len(asked) in (3, 8)
+        assert all(answer in "".join(pieces) for _, answer in asked)
 
 
 def test_an_answer_is_right_where_each_of_its_tokens_is_the_likeliest() -> None:
@@ -446,12 +467,37 @@ def test_a_method_that_runs_out_of_memory_is_given_up(monkeypatch: pytest.Monkey
     assert [set(head.error) & {"window of 16"} for head in found.heads] == [set()] * 12
 
 
+def test_what_fails_of_one_method_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(subject: Any, task: Any, attend: Any) -> Any:
+        raise RuntimeError("no luck.\nand more")
+
+    def decoded(subject: Any, exact: Any, method: Any, name: str) -> Any:
+        if method == COARSE:
+            raise MemoryError
+        return 1.0, 0.0
+
+    monkeypatch.setattr(tasks, "answer", asked)
+    monkeypatch.setattr(study, "decoded", decoded)
+    model = made(LlamaForCausalLM, LlamaConfig(**{**SHARED, "vocab_size": 400, "max_position_embeddings": 3000}))
+    lsh = ox.LSH(bits=2, tables=2, window=4096)
+    found = evaluate(
+        model, ids(2000), [lsh, SMALL, COARSE], tokenizer=Words(), text="All is well. " * 999, task_tokens=2000
+    )
+    rows = {row.name: row for row in found.rows}
+    assert rows[compared.name_of(SMALL)].decoded.speedup == 1
+    assert rows[compared.name_of(COARSE)].decoded is None
+    assert f"Decoding with {compared.name_of(COARSE)} was not measured: out of memory." in found.notes
+    assert "exact, SDPA was not asked for needles in text: no luck." in found.notes
+    assert found.answer
+    assert all(row.scored is not None for row in found.rows)
+
+
 def test_what_was_done_before_an_interrupt_is_kept() -> None:
     model, begun = llama(), []
 
     def begin(step: str, weight: float) -> None:
         begun.append(step)
-        if step.startswith("the model with") and sum(one.startswith("the model with") for one in begun) == 2:
+        if step.startswith("the model with") and sum(one.startswith("the model with") for one in begun) == 3:
             raise KeyboardInterrupt
 
     half = Study(model, ids(), [Window(16), COARSE], begin=begin)
@@ -480,6 +526,9 @@ def test_the_answer_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     none = evaluate(model, tokens, [COARSE], tol=1e-9, decode=False)
     assert "No treecode with an rtol of at least 0.005 stays within KL 1e-09" in none.answer
     assert none.line == ""
+    short = evaluate(model, tokens, [ox.Treecode()], tol=0.5, decode=False)
+    assert "Keep scaled_dot_product_attention for 400 tokens: they are one block" in short.answer
+    assert (short.line, short.settings) == ("", None)
     assert "No treecode was compared" in evaluate(model, tokens, [Window(16)], decode=False).answer
     monkeypatch.setattr(study.Measured, "attended", slow(study.Measured.attended))
     kept = evaluate(model, tokens, [SMALL, COARSE], tol=0.5, decode=False)
@@ -509,6 +558,7 @@ def slow(attended: Any, factor: float = 0.001) -> Any:
         ({"ids": ids(600)}, ValueError, "at most the 512 tokens"),
         ({"ids": ids().float()}, TypeError, "whole numbers"),
         ({"ids": ids().reshape(2, 100)}, ValueError, "one text"),
+        ({"methods": [COARSE, COARSE]}, ValueError, "names of their own"),
         ({"methods": ["Treecode"]}, TypeError, "method must be one of"),
         ({"layers": [7]}, ValueError, r"it has no layer of the numbers \[7\]"),
         ({"model": "gemma"}, ValueError, "no attention of Gemma2ForCausalLM can be replaced"),
@@ -555,8 +605,9 @@ def command(*arguments: Any, code: int = 0) -> Any:
 BYTES = {**SHARED, "vocab_size": 256, "max_position_embeddings": 3000}
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(study.Measured, "attended", slow(study.Measured.attended, 100.0))
     config = Qwen2Config(**BYTES, use_sliding_window=True, sliding_window=32, max_window_layers=2)
     folder = saved(tmp_path / "small", made(Qwen2ForCausalLM, config))
     html, save, out = (tmp_path / name for name in ("page.html", "settings.json", "figures.json"))
@@ -579,8 +630,23 @@ def test_the_command(tmp_path: Path) -> None:
     assert page.count("<svg") == 4
     assert not re.search(r"(src|href)=.http", page)
     assert figures["answer"] in told
-    if figures["line"]:
-        assert Settings.load(save).layers.keys() == {0, 1}
+    assert figures["line"]
+    assert f'register(settings="{save}")' in told  # a layer stays as it is
+    assert Settings.load(save).layers.keys() == {0, 1}
+
+
+def test_the_command_on_an_encoder(tmp_path: Path) -> None:
+    """As many full rows as it has positions, with the tokens at their ends; positions may begin after a padding's."""
+    config = RobertaConfig(**{**SIZES, "vocab_size": 300, "max_position_embeddings": 130, "type_vocab_size": 1})
+    folder = saved(tmp_path / "encoder", made(RobertaModel, config))
+    out = tmp_path / "figures.json"
+    told = command(folder, "--tokens", 600, "--json", out).stdout
+    assert "RobertaModel, 3 layers replaced, 512 tokens" in told  # 4 rows of 128
+    assert "| 1 - cosine |" in told
+    assert "they are one block of a treecode" in told
+    figures = json.loads(out.read_text())
+    assert not figures["language"]
+    assert max(row["scored"]["apart"] for row in figures["rows"] if "LSH" not in row["name"]) < 1e-5
 
 
 @pytest.mark.parametrize(

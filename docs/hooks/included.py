@@ -1,11 +1,10 @@
-"""What is written down elsewhere in the repository, put where a page says so: files, and the table of the README."""
+"""What is written down elsewhere in the repository, put where a page says so: files, and the tables of the README."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-WALL = "<!-- wall -->"
-BEGIN, END = "<!-- wall: begin -->", "<!-- wall: end -->"
+TABLE = re.compile(r"<!-- (wall|model) -->")
 FILE = re.compile(r"<!-- include: (\S+) -->")
 OF_DOCS = re.compile(r"\]\((?:\.\./)?docs/")  # links that lead to the pages from outside them
 
@@ -17,10 +16,11 @@ def on_page_markdown(text: str, config: Any, **_: Any) -> str:
         return OF_DOCS.sub("](", (root / found[1]).read_text(encoding="utf-8"))
 
     text = FILE.sub(included, text)
-    return text.replace(WALL, wall(root / "README.md")) if WALL in text else text
+    return TABLE.sub(lambda found: table(root / "README.md", found[1]), text)
 
 
-def wall(readme: Path) -> str:
-    text = readme.read_text(encoding="utf-8")
-    lines = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].splitlines()
+def table(readme: Path, name: str) -> str:
+    """What stands between the marks of that name."""
+    text, begin, end = readme.read_text(encoding="utf-8"), f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    lines = text[text.index(begin) + len(begin) : text.index(end)].splitlines()
     return "\n".join(line if line.startswith("|") else f"{line}  " for line in lines)  # the lines of a terminal

@@ -16,9 +16,9 @@ SHOWN = 8  # heads listed
 
 
 def compared(found: Any) -> str:
-    """The method whose errors and rows are shown: the chosen one, or the last that was measured."""
-    names = list(found.heads[0].error)
-    return found.chosen if found.chosen in names else names[-1]
+    """The method whose errors and rows are shown: the chosen one, or the last that was measured; "" for none."""
+    names = list(found.heads[0].error) if found.heads else []
+    return found.chosen if found.chosen in names else names[-1] if names else ""
 
 
 def _grid(found: Any) -> dict[int, list[Any]]:
@@ -76,12 +76,12 @@ def _counts(found: Any, name: str) -> list[str]:
 
 def page(found: Any, parts: list[Table], answer: list[str]) -> str:
     """The page: what to take, the tables, error against time, and the maps."""
-    name = compared(found) if found.heads else ""
+    name = compared(found)
     text = html.escape("\n".join(answer[2:]))
     code = f"<pre>{text}</pre>" if text else ""
     body = ["<h1>What it would do to your model</h1>", f"<p>{html.escape(answer[0])}</p>{code}"]
     body += [section(part, _against_time(found) if number == 0 else "") for number, part in enumerate(parts)]
-    if found.heads:
+    if name:
         body.append("<h2>Heads</h2>" + "".join(f"<p>{html.escape(line)}</p>" for line in _counts(found, name)))
         body.append(_map(f"Error of {name}", _grid(found), lambda head: head.error[name], "error", percent))
         body.append(_map(f"Rows read by {name}", _grid(found), lambda head: head.rows[name], "rows a query", whole))
@@ -110,24 +110,25 @@ def _worst(found: Any, name: str) -> Table:
 
 
 def _against_time(found: Any) -> str:
-    """KL, or 1 - cosine, against the attention's time; exact attention as a line."""
+    """KL, or 1 - cosine, against the attention's time over exact attention's in the same pass."""
     kept = [row for row in found.rows if row.scored and row.attended and row.scored.distance > 1e-12]
     if not kept:
         return ""
-    what = "KL, nats a token" if found.loss is not None else "1 - cosine"
+    what = "KL, nats a token" if found.language else "1 - cosine"
 
     def draw(axes: Any) -> None:
         from opoch_xp.cli.page import COLOURS
 
         for number, row in enumerate(kept):
             colour, marker = COLOURS[number % len(COLOURS)], "os^Dv*"[number // len(COLOURS) % 6]
-            axes.plot(row.attended.seconds, row.scored.distance, marker, color=colour, label=row.name, markersize=8)
-        axes.axvline(found.rows[0].attended.seconds, color="#8a939b", linestyle="--", label=found.rows[0].name)
+            time = row.attended.seconds / row.attended.exact_seconds
+            axes.plot(time, row.scored.distance, marker, color=colour, label=row.name, markersize=8)
+        axes.axvline(1.0, color="#8a939b", linestyle="--", label=found.rows[0].name)
 
     def plain(value: float) -> str:
         return f"{value:g}"
 
-    return figure(f"{what} against time", ("attention, s", plain), (what, plain), draw, "xy", columns=1)
+    return figure(f"{what} against time", ("attention, exact = 1", plain), (what, plain), draw, "xy", columns=1)
 
 
 def _map(title: str, grid: dict[int, list[Any]], value: Any, what: str, written: Callable[[float], str]) -> str:

@@ -16,6 +16,7 @@ from opoch_xp.measure import machine
 from opoch_xp.writing import check_target, whole_file
 
 DTYPES = ("float32", "bfloat16", "float16")
+LANGUAGE = ("CausalLM", "LMHead")  # in the name of a model that goes on with a text, though others of its kind do not
 METHODS = ("window", "sinks", "lsh", "treecode")
 RTOLS = (0.2, 0.1, 0.05)
 TOKENS, TASK_TOKENS = 4096, 2048
@@ -138,7 +139,7 @@ def _quiet() -> Iterator[None]:
 def _load(setup: Setup) -> tuple[Any, Any]:
     """Tokenizer and model of a folder of transformers or a .gguf file."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     path, more = setup.path, {}
     if path.is_file() and path.suffix == ".gguf":
@@ -153,37 +154,54 @@ def _load(setup: Setup) -> tuple[Any, Any]:
     dtype: Any = torch.float32 if setup.device == "cpu" else "auto"
     if setup.dtype is not None:
         dtype = getattr(torch, setup.dtype)
-    config = AutoConfig.from_pretrained(path, **more)
+    config = _read("configuration", AutoConfig, path, **more)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{setup.path} is an encoder with a decoder: give a model that is one of them")
+    tokenizer = _read("tokenizer", AutoTokenizer, path, **more)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{setup.path} holds no fast tokenizer, tokenizer.json, which tells where tokens stand")
     written = " ".join(config.architectures or [])
-    language = bool(more) or "CausalLM" in written or "LMHead" in written
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **more)
-    except Exception as error:  # each kind of tokenizer has errors of its own
-        raise ValueError(f"{setup.path} holds no tokenizer that transformers can read: {error}") from None
-    kind: Any = AutoModelForCausalLM if language else AutoModel
-    model = kind.from_pretrained(path, dtype=dtype, **more)
+    masked = type(config) in AutoModelForMaskedLM._model_mapping and not any(word in written for word in LANGUAGE)
+    language = bool(more) or (not masked and type(config) in AutoModelForCausalLM._model_mapping)
+    model = _read("model", AutoModelForCausalLM if language else AutoModel, path, dtype=dtype, **more)
     try:
         return tokenizer, model.to(setup.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {setup.device} cannot take the model: {error}") from None
+        raise ValueError(f"--device {setup.device} cannot take the model: {_line(error)}") from None
+
+
+def _read(what: str, kind: Any, path: Path, **more: Any) -> Any:
+    """What a class of transformers reads; ValueError in a line for whatever it raises, which is of many kinds."""
+    try:
+        return kind.from_pretrained(path, **more)
+    except Exception as error:
+        raise ValueError(f"{path} holds no {what} that transformers can read: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tokens(setup: Setup, tokenizer: Any, model: Any, text: str) -> Any:
     """The tokens of the text, (1, n), or of an encoder as many full rows as it has positions, (B, n)."""
     import torch
 
+    from opoch_xp.integrations.evaluation.subject import most_tokens
+
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
-    wanted = setup.tokens or min(TOKENS, len(ids), most if model.can_generate() else TOKENS)
+    if not ids:
+        raise ValueError("the text is empty")
+    most, language = most_tokens(model) or len(ids), model.can_generate()
+    wanted = setup.tokens or min(TOKENS, len(ids), most if language else TOKENS)
     if len(ids) < wanted:
         raise ValueError(f"the text has {len(ids):,} tokens, fewer than --tokens {wanted:,}")
-    if model.can_generate():
+    if language:
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return torch.tensor((first + ids)[:wanted])[None]
-    ends = [[one] if one is not None else [] for one in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
-    size = min(most, wanted) - len(ends[0]) - len(ends[1])
-    rows = [ends[0] + ids[low : low + size] + ends[1] for low in range(0, wanted - size + 1, size)]
-    return torch.tensor(rows)
+    begin, end = ([] if one is None else [one] for one in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    size = min(most - len(begin) - len(end), wanted)
+    return torch.tensor([begin + ids[low : low + size] + end for low in range(0, wanted - size + 1, size)])
 
 
 def _methods(setup: Setup, causal: bool) -> list[Any]:
@@ -202,7 +220,8 @@ def _methods(setup: Setup, causal: bool) -> list[Any]:
 
 
 def _tell(setup: Setup, found: Any, sink: Sink) -> None:
-    """Write the files, then show."""
+    """Write the files, figures first, then show."""
+    sink.write_json({"file": setup.path.name, "machine": machine(), "seed": setup.seed, **found.as_dict()})
     if setup.save is not None and found.settings is not None:
         found.settings.save(setup.save)
     parts = [_table(setup, found)]
@@ -211,11 +230,9 @@ def _tell(setup: Setup, found: Any, sink: Sink) -> None:
     if setup.html is not None:
         with whole_file(setup.html) as file:
             file.write(heads.page(found, parts, answer(setup, found)).encode())
-    about = {"path": str(setup.path), "machine": machine(), "seed": setup.seed}
-    sink.write_json({**about, **found.as_dict()})
     for part in parts:
         sink.show(part)
-    if found.heads:
+    if heads.compared(found):
         sink.show_text("Heads", heads.maps(found))
     sink.show_text("What to take", "\n".join(answer(setup, found)))
 
@@ -235,15 +252,15 @@ def answer(setup: Setup, found: Any) -> list[str]:
 
 
 def _table(setup: Setup, found: Any) -> Table:
-    language = found.loss is not None
+    language = found.language
     scores = ["loss added", "KL", "top-1", "long tokens"] if language else ["1 - cosine"]
     columns = [
         "method", *scores, "error", "worst head", "p99", "rows", "attention", "speed-up", "memory",
-        *(["decode a token", "speed-up", "KL"] if language else []),
+        "whole model", *(["decode a token", "speed-up", "KL"] if language else []),
     ]  # fmt: skip
     cells = [[row.name + (f" ({row.failed})" if row.failed else ""), *_cells(row, language)] for row in found.rows]
     count = f"{len(found.layers)} layer{'s' if len(found.layers) > 1 else ''}"
-    exact = f"; the exact model's loss is {found.loss:.4f} nats a token" if language else ""
+    exact = "" if found.loss is None else f"; the exact model's loss is {found.loss:.4f} nats a token"
     about = [
         f"{found.model}, {count} replaced, {found.tokens:,} tokens, {_texts(setup)}; "
         f"{found.scored:,} scored{' of each' if not language else ''}{exact}",
@@ -285,6 +302,7 @@ def _cells(row: Any, language: bool) -> list[str]:
         f"{attended.rows:,.0f}", tables.seconds(attended.seconds), tables.factor(attended.speedup),
         tables.size(attended.extra_bytes),
     ]  # fmt: skip
+    cells.append("" if row.prefill is None else tables.seconds(row.prefill))
     if language:
         cells += [""] * 3 if decoded is None else [
             tables.seconds(decoded.seconds), tables.factor(decoded.speedup), f"{abs(decoded.kl):.4f}",
@@ -293,21 +311,26 @@ def _cells(row: Any, language: bool) -> list[str]:
 
 
 def _later(found: Any) -> list[str]:
-    """What must be said of rows that were measured in a second pass."""
+    """What must be said of rows that were measured in another pass than the first."""
     first = found.rows[0].attended.seconds
-    late = [row for row in found.rows if row.attended is not None and row.attended.exact_seconds != first]
+    late = [
+        f"{row.name} ({tables.seconds(row.attended.exact_seconds)})"
+        for row in found.rows
+        if row.attended is not None and row.attended.exact_seconds != first
+    ]
     if not late:
         return []
-    seconds = tables.seconds(late[0].attended.exact_seconds)
-    return [f"Measured in a second pass, in which exact attention took {seconds}: {', '.join(r.name for r in late)}."]
+    return [f"Measured in a later pass, beside exact attention's time in it: {', '.join(late)}."]
 
 
 def _notes(found: Any, language: bool) -> list[str]:
     notes = [
         "error: Frobenius norm of (approximate - exact) over that of exact, mean over heads, with the exact model's q, "
         "k and v; p99: of single queries. rows: read by a query. attention: of all replaced layers, one pass, beside "
-        "scaled_dot_product_attention in the same pass; memory: peak of one layer.",
+        "scaled_dot_product_attention in the same pass; memory: peak of one layer; whole model: "
+        "one pass over the tokens.",
         *_later(found),
+        *found.notes,
     ]
     if not language:
         return ["1 - cosine: of the mean of the last states, mean over the texts.", *notes]
@@ -332,7 +355,9 @@ def _tasks(found: Any) -> Table | None:
         [row.name, *(f"{one.right:.0%} ({one.loss:.2f})" if (one := row.tasks.get(name)) else "" for name in names)]
         for row in rows
     ]
-    notes = ["Right answers, and in brackets the loss of a token of an answer, nats. Of treecodes the chosen one."]
+    notes = ["Right answers, and in brackets the loss of a token of an answer, nats."]
+    if found.chosen:
+        notes = [f"{notes[0]} Of treecodes the chosen one."]
     failing = [name for name in names if rows[0].tasks[name].right < 0.5]
     if failing:
         notes.append(f"The exact model itself fails at {', '.join(failing)}: there the losses alone tell anything.")

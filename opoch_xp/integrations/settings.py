@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (Exact, LSH, T
 class Settings:
     """layers[i]: the methods of layer i, one for each key head and the query heads that share it, or one for all.
 
-    Layers that are left out attend as the model did. Raises TypeError or ValueError for what is no such mapping.
+    Layers that are left out attend as the model did. name: of their row in an evaluation. Raises TypeError or
+    ValueError for what is no such mapping.
     """
 
     layers: Mapping[int, tuple[Method, ...]]
+    name: str = field(default="settings", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping) or not self.layers:
@@ -48,9 +50,13 @@ class Settings:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the settings as JSON, whole or not at all."""
-        layers = {str(number): [_told(one) for one in methods] for number, methods in sorted(self.layers.items())}
         with whole_file(Path(path)) as file:
-            file.write(json.dumps({"format": FORMAT, "layers": layers}, indent=1).encode() + b"\n")
+            file.write(json.dumps(self.as_dict(), indent=1).encode() + b"\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in types that JSON has."""
+        layers = {str(number): [_told(one) for one in methods] for number, methods in sorted(self.layers.items())}
+        return {"format": FORMAT, "layers": layers}
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Settings":
@@ -89,9 +95,9 @@ def attend_heads(
 
 def _told(method: Method) -> dict[str, Any]:
     """A method as its kind and the fields that are not at their defaults."""
-    given = {field.name: asdict(method)[field.name] for field in fields(method)}
+    given = asdict(method)
     return {"method": type(method).__name__} | {
-        field.name: given[field.name] for field in fields(method) if given[field.name] != field.default
+        one.name: given[one.name] for one in fields(method) if given[one.name] != one.default
     }
 
 

@@ -4,15 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opoch_xp.integrations.evaluation.choice import LOWEST
-from opoch_xp.integrations.evaluation.compared import name_of
+from opoch_xp.integrations.evaluation.choice import BY_HEAD, LOWEST
 from opoch_xp.integrations.evaluation.results import Row, is_tree
 from opoch_xp.integrations.settings import Settings
-from opoch_xp.methods import Exact, method_name
+from opoch_xp.methods import method_name
 
 EQUAL = 1.05  # ratio of distances up to which two settings count as equally good
 PAYS = 1.05  # times faster that another setting must be to be worth a word
-BY_HEAD = name_of(Settings({0: (Exact(),)}))
 BY_FILE = 'register(settings="settings.json")'
 
 
@@ -54,35 +52,43 @@ class Question:
     what: str
     size: str
     compared: bool  # whether a treecode was
+    whole: bool  # whether it reads every key of so short a text
     stopped: str
 
     def answer(self) -> Answer:
         row: Any = self.rows.get(self.chosen)
         if row is None or row.attended is None:
-            return Answer(self._none())
-        figures = f"{self.what} {row.scored.distance:.2g}"
-        speed = row.attended.speedup
-        if speed <= 1.0:
-            return Answer(
+            return Answer(" ".join(filter(None, (self._none(), self._others(1.0)))))
+        figures, speed = f"{self.what} {row.scored.distance:.2g}", row.attended.speedup
+        more, better = self._by_head(row)
+        most = speed * self.gain if better is not None and self.gain is not None else speed
+        if most <= 1.0:
+            text = (
                 f"Keep scaled_dot_product_attention for {self.size}: {row.name} stays within {self.what} {self.tol:g}"
                 f" ({figures}), and takes {1 / speed:.1f} times as long."
             )
+            return Answer(" ".join(filter(None, (text, self._others(1.0)))))
         text = (
-            f"Take {row.name}: {figures} for a tolerance of {self.tol:g}, attention {speed:.1f} times faster on"
+            f"Take {row.name}: {figures} for a tolerance of {self.tol:g}, attention {speed:.1f} times as fast on"
             f" {self.size}."
         )
-        settings = Settings(dict.fromkeys(self.layers, (row.method,)))
-        line = BY_FILE if self.partly else f"register(method=ox.{method_name(row.method)})"
-        more, better = self._by_head(row)
-        if better is not None:
-            line, settings = BY_FILE, better
-        return Answer(" ".join(filter(None, (text, more, self._others(row)))), line, settings)
+        line, settings = f"register(method=ox.{method_name(row.method)})", better
+        if self.partly or better is not None:
+            line = BY_FILE
+        if settings is None:
+            settings = Settings(dict.fromkeys(self.layers, (row.method,)))
+        return Answer(" ".join(filter(None, (text, more, self._others(most)))), line, settings)
 
     def _none(self) -> str:
         if self.stopped:
-            return f"The evaluation was ended ({self.stopped}) before a setting was chosen."
+            return f"The evaluation was {self.stopped} before a setting was chosen."
         if not self.compared:
             return "No treecode was compared, so no setting was looked for."
+        if self.whole:
+            return (
+                f"Keep scaled_dot_product_attention for {self.size}: they are one block of a treecode, which reads them"
+                " all. Give a longer text to see what it does there."
+            )
         return (
             f"No treecode with an rtol of at least {LOWEST} stays within {self.what} {self.tol:g} on {self.size}: keep"
             " scaled_dot_product_attention."
@@ -94,19 +100,19 @@ class Question:
         if other is None or other.scored is None or self.gain is None:
             return "", None
         figures = f"{self.what} {other.scored.distance:.2g}, {self.gain:.2f} times as fast"
-        if other.scored.distance <= max(row.scored.distance * EQUAL, 1e-9) and self.gain > PAYS:
+        if other.scored.distance <= min(self.tol, row.scored.distance * EQUAL) and self.gain > PAYS:
             return f"An rtol for each key head is faster still ({figures}).", other.method
         return f"An rtol for each key head does not pay here ({figures}).", None
 
-    def _others(self, row: Any) -> str:
-        """Another method of the library that is within the tolerance and faster."""
+    def _others(self, speed: float) -> str:
+        """Another method of the library that is within the tolerance and faster than `speed`."""
         within = [
             one
             for one in self.rows.values()
-            if one.method is not None and one.name not in (row.name, BY_HEAD) and one.scored and one.attended
-            and one.scored.distance <= self.tol and one.attended.speedup > PAYS * row.attended.speedup
+            if one.method is not None and not is_tree(one) and one.name != BY_HEAD and one.scored and one.attended
+            and one.scored.distance <= self.tol and one.attended.speedup > PAYS * speed
         ]  # fmt: skip
         if not within:
             return ""
         best: Any = max(within, key=lambda one: one.attended.speedup if one.attended else 0.0)
-        return f"Faster, and within it too: {best.name} ({best.attended.speedup:.1f} times)."
+        return f"Within it too, and faster: {best.name} ({best.attended.speedup:.1f} times as fast)."

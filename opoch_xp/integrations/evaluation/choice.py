@@ -10,6 +10,7 @@ from opoch_xp.integrations.evaluation.heads import Measured
 from opoch_xp.integrations.settings import Settings
 from opoch_xp.methods import Treecode
 
+BY_HEAD = "an rtol for each key head"
 LOWEST, HIGHEST = 0.005, 0.5  # values of rtol that are tried
 MARGIN = 0.8  # of the tolerance, that is aimed at between measured values
 OF_A_HEAD = 0.9  # the largest rtol of a key head
@@ -83,7 +84,7 @@ def by_key_head(measured: Sequence[Measured], key_heads: Mapping[int, int], targ
     layers: dict[int, tuple[Treecode, ...]] = {}
     for (layer, _), rung in zip(places, chosen.tolist(), strict=True):
         layers[layer] = (*layers.get(layer, ()), replace(target, rtol=float(ladder[rung])))
-    return Settings(layers)
+    return Settings(layers, BY_HEAD)
 
 
 def _rows(one: Measured, layer: int, head: int, key_heads: int) -> float:

@@ -138,7 +138,7 @@ def name_of(method: Compared | None) -> str:
         first = f"{method.sinks:,} first keys + " if method.sinks else ""
         return f"{first}window of {method.size:,}"
     if isinstance(method, Settings):
-        return "an rtol for each key head"
+        return method.name
     return method_name(method)
 
 

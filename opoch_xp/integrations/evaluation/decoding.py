@@ -22,7 +22,7 @@ def decoded(subject: Subject, exact: Reference, method: Method | None, name: str
     exact distribution on these; None: a DynamicCache and the model's own attention, else a TreecodeCache and the
     attention registered as `name`."""
     model, n = subject.model, exact.ids.shape[1]
-    cache: Any = DynamicCache() if method is None else transformers_cache.TreecodeCache(method)
+    cache: Any = DynamicCache(config=model.config) if method is None else transformers_cache.TreecodeCache(method)
     before = model.config._attn_implementation
     model.set_attn_implementation(subject.before if method is None else name)
     seconds, states = [], []

@@ -58,13 +58,12 @@ class Measured:
 class Watch:
     """An exact pass in which methods attend beside: to the same q, k and v, layer by layer, in turn.
 
-    As the function of a call it returns what scaled_dot_product_attention does. look: whether to look at the heads.
+    As the function of a call it returns what scaled_dot_product_attention does. A method that fails is given up.
     """
 
-    def __init__(self, methods: Sequence[Compared], look: bool) -> None:
+    def __init__(self, methods: Sequence[Compared]) -> None:
         self.exact = Measured(None)
         self.methods = [Measured(method) for method in methods]
-        self.look = look
         self.heads: dict[int, list[Head]] = {}
         self.failed: dict[str, str] = {}
         self._warm = False
@@ -82,8 +81,7 @@ class Watch:
             out = self._run(one, call)
             if out is not None:
                 self._compare(one, call.layer, out[:, :, rows], exact[:, :, rows])
-        if self.look:
-            self.heads[call.layer] = looked_at(call)
+        self.heads[call.layer] = looked_at(call)
         return exact
 
     def _first(self, one: Measured, call: Call) -> None:
@@ -92,7 +90,7 @@ class Watch:
             attend = attend_by(one.method)
             attend(call)
             one.extra_bytes = extra_bytes(lambda: attend(call), call.query.device)
-        except (MemoryError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:
             self._give_up(one, error)
 
     def _run(self, one: Measured, call: Call) -> Tensor | None:
@@ -103,17 +101,16 @@ class Watch:
             start = perf_counter()
             out, rows = attend_by(one.method)(call)
             wait(call.query.device)
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             self._give_up(one, error)
             return None
         one.seconds[call.layer], one.rows[call.layer] = perf_counter() - start, rows
         return out
 
-    def _give_up(self, one: Measured, error: BaseException) -> None:
-        reason = out_of_memory(error)
-        if reason is None or one is self.exact:
+    def _give_up(self, one: Measured, error: Exception) -> None:
+        if one is self.exact:
             raise error
-        self.failed[one.name] = reason
+        self.failed[one.name] = reason_of(error)
 
     @staticmethod
     def _compare(one: Measured, layer: int, out: Tensor, exact: Tensor) -> None:
@@ -219,8 +216,15 @@ def extra_bytes(function: object, device: torch.device) -> int | None:
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """Why a method was given up, where memory ran out; None for another error."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error):
-        return "out of memory"
-    return None
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out."""
+    told = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in told or "allocate memory" in told
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """Why something was given up, in a line."""
+    lines = str(error).strip().splitlines()
+    return "out of memory" if out_of_memory(error) else lines[0].rstrip(".") if lines else type(error).__name__

@@ -79,12 +79,13 @@ class Answered:
 
 @dataclass(frozen=True)
 class Row:
-    """A method. method: None for what the library has not, windows and scaled_dot_product_attention; failed: why
-    figures are missing, "" where none are."""
+    """A method. method: None for what the library has not, windows and scaled_dot_product_attention; prefill:
+    seconds of a pass of the whole model; failed: why figures are missing, "" where none are."""
 
     name: str
     method: Method | Settings | None = None
     scored: Scored | None = None
+    prefill: float | None = None
     attended: Attended | None = None
     decoded: Decoded | None = None
     tasks: Mapping[str, Answered] = field(default_factory=dict)
@@ -113,13 +114,16 @@ class Head:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns. `rows`, exact first; `heads`; `refused`: why layers stayed as they were, by number;
-    `chosen`: the row of the treecode for the tolerance, "" where there is none; `answer`: what to take, in a sentence;
-    `line`: the Python to paste; `settings`: what to save;
-    `loss`: the exact model's, nats a token, None of an encoder; `tokens`, `scored`: read, and scored of them;
-    `stopped`: why it ended early, "" where it did not."""
+    """What `evaluate` returns.
+
+    `rows`, exact first; `heads`; `refused`: why layers stayed as they were, by number; `chosen`: the row of the
+    treecode for the tolerance, "" where there is none; `answer`: what to take, in words; `line`: the Python to paste;
+    `settings`: what to save; `loss`: the exact model's, nats a token, None of an encoder; `tokens`, `scored`: read, and
+    scored of them; `notes`: what could not be measured; `stopped`: why it ended early, "" where it did not.
+    """
 
     model: str
+    language: bool
     tokens: int
     scored: int
     layers: tuple[int, ...]
@@ -133,19 +137,22 @@ class Evaluation:
     answer: str
     line: str
     settings: Settings | None
+    notes: tuple[str, ...] = ()
     stopped: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The same in types that JSON has."""
-        found = {name: getattr(self, name) for name in ("model", "tokens", "scored", "loss", "long_tokens", "tol")}
+        plain = ("model", "language", "tokens", "scored", "loss", "long_tokens", "tol")
+        told = ("chosen", "answer", "line", "stopped")
+        found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, *told)}
         found |= {"layers": list(self.layers), "refused": {str(n): why for n, why in self.refused.items()}}
         rows = [
             {**{name: value for name, value in asdict(row).items() if name != "method"}, "method": _named(row.method)}
             for row in self.rows
         ]
         heads = [asdict(head) for head in self.heads]
-        told = {"chosen": self.chosen, "answer": self.answer, "line": self.line, "stopped": self.stopped}
-        return {**found, "rows": rows, "heads": heads, **told}
+        found |= {"notes": list(self.notes), "settings": None if self.settings is None else self.settings.as_dict()}
+        return {**found, "rows": rows, "heads": heads}
 
 
 def _named(method: Method | Settings | None) -> str | None:

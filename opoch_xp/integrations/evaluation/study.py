@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -10,17 +11,18 @@ from torch import Tensor
 
 from opoch_xp.integrations.evaluation import tasks as asked
 from opoch_xp.integrations.evaluation.answer import Question, fastest
-from opoch_xp.integrations.evaluation.choice import by_key_head, next_rtol
+from opoch_xp.integrations.evaluation.choice import BY_HEAD, by_key_head, next_rtol
 from opoch_xp.integrations.evaluation.compared import Compared, Window, name_of, outputs, usual
 from opoch_xp.integrations.evaluation.decoding import STEPS, decoded
-from opoch_xp.integrations.evaluation.heads import Measured, Watch, out_of_memory
-from opoch_xp.integrations.evaluation.results import Decoded, Evaluation, Head, Row, is_tree
+from opoch_xp.integrations.evaluation.heads import Measured, Watch, out_of_memory, reason_of, wait
+from opoch_xp.integrations.evaluation.results import Answered, Decoded, Evaluation, Head, Row, is_tree
 from opoch_xp.integrations.evaluation.scores import Begin, Reference, reference, score
-from opoch_xp.integrations.evaluation.subject import Attend, Call, Subject, sdpa
+from opoch_xp.integrations.evaluation.subject import Attend, Call, Subject, most_tokens
 from opoch_xp.integrations.registration import register
 from opoch_xp.integrations.settings import Settings
 from opoch_xp.methods import Treecode
 from opoch_xp.solve import check_method
+from opoch_xp.treecode.forest import tiers
 
 LEAST = 64  # tokens: fewer tell nothing
 TRIES = 3  # values of rtol that are tried for a tolerance, beside those that were named
@@ -56,7 +58,8 @@ def evaluate(
 
     Every figure is measured here. Cost: a pass of the model for each method, two more in which the methods attend
     beside the exact attention, and the tasks. Raises ValueError or TypeError for arguments that do not fit, and where
-    no layer's attention can be replaced. A method for which memory runs out is given up, and its row says so.
+    no layer's attention can be replaced, MemoryError where memory runs out for the exact model. A method that fails is
+    given up, and its row says why.
 
     >>> import torch
     >>> import opoch_xp as ox
@@ -91,11 +94,19 @@ class Study:
         for method in self.methods:
             if not isinstance(method, Window | Settings):
                 check_method(method)
+        names = [name_of(method) for method in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1 or name in (EXACT, BY_HEAD)})
+        if twice:
+            raise ValueError(f"methods must have names of their own, which Settings take; got {', '.join(twice)} twice")
         self.ids = _checked(ids, self.subject)
-        self.tol, self.decode = tol, decode and self.subject.language
+        self.tol = tol
+        # with some layers alone a TreecodeCache would replace the others too
+        self.decode = decode and self.subject.language and layers is None and self.ids.shape[1] > 4 * STEPS
         self.tasks: list[asked.Task] = []
+        self.notes: list[str] = []
         if tokenizer is not None and self.subject.language:
-            self.tasks = asked.tasks(tokenizer, text, min(task_tokens, self.ids.shape[1]), seed)
+            self.tasks, left = asked.tasks(tokenizer, text, min(task_tokens, self.ids.shape[1]), seed)
+            self.notes += left
         self.begin: Begin = begin or (lambda step, weight: None)
         self.exact: Reference | None = None
         self.rows: dict[str, Row] = {EXACT: Row(EXACT)}
@@ -104,26 +115,30 @@ class Study:
         self.key_heads: dict[int, int] = {}
         self.layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 12  # of the bar alone
         self.gain: float | None = None  # of an rtol for each key head: times faster than the chosen one for all
+        self.whole = False  # whether treecodes read every key of so short a text
         self.stopped = ""
 
     def run(self) -> None:
-        """All of it. KeyboardInterrupt and other errors pass through: `result` has what was done."""
+        """All of it. KeyboardInterrupt passes through: `result` has what was done. What fails of one method is told in
+        its row or in the notes, and the others go on; MemoryError where it is the exact model."""
         with self.subject.attending():
             try:
-                measured = self._watch(self.methods, look=True)
-                for method in self.methods:
+                states, measured = self._watch(self.methods)
+                self.exact = reference(self.subject, self.ids, states, self.begin)
+                for method in (None, *self.methods):
                     self._score(method)
                 self._choose(measured)
-                if self.decode and self.ids.shape[1] > 4 * STEPS:
-                    self._decode()
+                self._decode()
                 self._ask()
             except KeyboardInterrupt:
                 self.stopped = "interrupted"
                 raise
             except (MemoryError, RuntimeError) as error:
-                if out_of_memory(error) is None or self.exact is None:
-                    raise
-                self.stopped = "out of memory"
+                if out_of_memory(error):
+                    raise MemoryError(
+                        f"memory ran out for the exact model on {self.ids.numel():,} tokens: give fewer of them"
+                    ) from None
+                raise
 
     @property
     def work(self) -> float:
@@ -135,48 +150,38 @@ class Study:
         work += sum(task.ids.shape[1] for task in self.tasks) * (passes + 1 - trees)
         return float(work)
 
-    def _watch(self, methods: Sequence[Compared], look: bool) -> list[Measured]:
-        """An exact pass with the methods beside; their rows, and of the first pass the reference and the heads."""
-        watch, n = Watch(methods, look), self.ids.numel()
-        done: list[int] = []
+    def _watch(self, methods: Sequence[Compared]) -> tuple[Tensor, list[Measured]]:
+        """An exact pass with the methods beside: its states, and what was measured of those that did not fail."""
+        watch, n = Watch(methods), self.ids.numel()
+        begun: set[int] = set()
         beside = (name_of(methods[0]) if methods else "nothing") + (" and others" if len(methods) > 1 else "")
 
         def attend(call: Call) -> Tensor:
             self.key_heads[call.layer] = call.key.shape[1]
-            if call.layer not in done:
-                done.append(call.layer)
-                self.begin(
-                    f"{beside} beside exact attention, layer {call.layer}", n * (1 + len(methods) / 2) / self.layers
-                )
+            if call.layer not in begun:
+                begun.add(call.layer)
+                weight = n * (1 + len(methods) / 2) / self.layers
+                self.begin(f"{beside} beside exact attention, layer {call.layer}", weight)
             return watch(call)
 
         states = self.subject.pass_over(self.ids, attend)
         if not watch.exact.seconds:
             raise ValueError(_nothing(self.subject))
-        if self.exact is None:
-            self.exact = reference(self.subject, self.ids, states, self.begin)
-            exact = score(self.subject, self.exact, self.exact.states)
-            self.rows[EXACT] = Row(EXACT, None, exact, watch.exact.attended(watch.exact))
-        for one in watch.methods:
-            failed = watch.failed.get(one.name, "")
-            row = self._row(one.method)
-            attended = None if failed else one.attended(watch.exact)
+        for one in (watch.exact, *watch.methods):
+            row, failed = self._row(one.method), watch.failed.get(one.name, "")
             if row.attended is None:  # figures of one pass are compared: those of the first stay
+                attended = None if failed else one.attended(watch.exact)
                 self.rows[one.name] = replace(row, attended=attended, failed=failed)
         found = watch.found()
-        if self.heads:
-            self.heads = [_with(old, new) for old, new in zip(self.heads, found, strict=True)] if found else self.heads
-        else:
-            self.heads = found
-        return [one for one in watch.methods if one.name not in watch.failed]
+        self.heads = [_with(*both) for both in zip(self.heads, found, strict=True)] if self.heads else found
+        return states, [one for one in watch.methods if one.name not in watch.failed]
 
     def _row(self, method: Compared | None) -> Row:
         name = name_of(method)
-        kept = None if isinstance(method, Window) else method
-        return self.rows.get(name, Row(name, kept))
+        return self.rows.get(name, Row(name, None if isinstance(method, Window) else method))
 
-    def _score(self, method: Compared) -> float | None:
-        """The row of a method with its scores; its distance, None where it was given up."""
+    def _score(self, method: Compared | None) -> float | None:
+        """The row of a method with its scores; its distance, None where it failed."""
         row = self._row(method)
         assert self.exact is not None
         if row.failed:
@@ -184,92 +189,101 @@ class Study:
         if row.scored is None:
             self.begin(f"the model with {row.name}", self.ids.numel())
             try:
+                start = perf_counter()
                 states = self.subject.pass_over(self.ids, outputs(method))
-                row = replace(row, scored=score(self.subject, self.exact, states))
-            except (MemoryError, RuntimeError) as error:
-                reason = out_of_memory(error)
-                if reason is None:
+                wait(self.subject.device)
+                seconds = perf_counter() - start
+                row = replace(row, scored=score(self.subject, self.exact, states), prefill=seconds)
+            except Exception as error:
+                if method is None:
                     raise
-                row = replace(row, failed=reason)
+                row = replace(row, failed=reason_of(error))
             self.rows[row.name] = row
         return None if row.scored is None else row.scored.distance
 
     def _choose(self, measured: list[Measured]) -> None:
         """The treecode for the tolerance, and an rtol for each key head, both measured."""
         trees = [one for one in measured if isinstance(one.method, Treecode)]
-        found = {}
+        found: dict[float, float] = {}
         for one in trees:
-            row = self.rows[one.name]
-            if row.scored is not None and isfinite(row.scored.distance):
-                found[one.method.rtol] = row.scored.distance  # type: ignore[union-attr]
+            method: Any = one.method
+            told = self.rows[one.name].scored
+            if told is not None and isfinite(told.distance) and method.rtol > 0:
+                found[method.rtol] = told.distance
         if not found:
             return
         like: Any = trees[0].method
+        n = self.ids.shape[1]
+        self.whole = not tiers(n, n, self.subject.language, like)
+        if self.whole:
+            return
         for _ in range(TRIES):
             rtol = next_rtol(found, self.tol)
-            if rtol is None:
+            distance = None if rtol is None else self._score(replace(like, rtol=rtol))
+            if rtol is None or distance is None:
                 break
-            told = self._score(replace(like, rtol=rtol))
-            if told is None:
-                break
-            found[rtol] = told
+            found[rtol] = distance
         within = [rtol for rtol in found if found[rtol] <= self.tol]
         if not within:
             return
         largest: Treecode = replace(like, rtol=max(within))
         if self._row(largest).attended is None:
-            trees += self._watch([largest], look=True)
+            trees += self._watch([largest])[1]
         self.chosen = fastest(self.rows.values(), self.tol)
         if self.chosen is None:
             return
-        method: Any = self.chosen.method
+        method = self.chosen.method
         settings = by_key_head(trees, self.key_heads, method)
-        if settings is not None:
-            self._score(settings)
-            again = self._watch([method, settings], look=True)
+        if settings is not None and self._score(settings) is not None:
+            again = self._watch([method, settings])[1]
             if len(again) == 2:
                 self.gain = again[0].seconds_of_all / again[1].seconds_of_all
 
     def _decode(self) -> None:
-        assert self.exact is not None
+        """The rows of exact attention and the treecodes with steps of a token."""
+        if not self.decode or self.exact is None:
+            return
         n, base = self.ids.shape[1], None
-        for row in [self.rows[EXACT], *filter(is_tree, list(self.rows.values()))]:
-            if row.failed or (row.name != EXACT and row.attended is None):
+        for row in [row for row in self.rows.values() if row.name == EXACT or is_tree(row)]:
+            if row.failed or row.attended is None:
                 continue
             register(REGISTERED)
             self.begin(f"decoding with {row.name}", 2 * n)
             method: Any = row.method
             try:
                 seconds, kl = decoded(self.subject, self.exact, method, REGISTERED)
-            except NotImplementedError:  # a layer that a TreecodeCache cannot hold
-                return
-            except (MemoryError, RuntimeError) as error:
-                if out_of_memory(error) is None:
-                    raise
+            except Exception as error:
+                self.notes.append(f"Decoding with {row.name} was not measured: {reason_of(error)}.")
+                if base is None or not out_of_memory(error):
+                    break  # there is nothing to compare with, or the model is not for a TreecodeCache
                 continue
             base = seconds if base is None else base
             self.rows[row.name] = replace(row, decoded=Decoded(seconds, base / seconds, kl))
-        self.chosen = None if self.chosen is None else self.rows[self.chosen.name]
 
     def _ask(self) -> None:
-        others = [m for m in self.methods if self.chosen is None or not isinstance(m, Treecode)]
-        compared: dict[str, Attend] = {EXACT: sdpa, **{name_of(method): outputs(method) for method in others}}
-        for row in self.rows.values():  # of treecodes the chosen one alone: they differ less than tasks can tell
-            if row is self.chosen or (isinstance(row.method, Settings) and row.attended is not None):
-                compared[row.name] = outputs(row.method)
-        for name, attend in compared.items():
-            row, answers = self.rows[name], {}
-            if row.failed:
+        """The rows with their tasks: of treecodes the chosen one alone, since they differ less than tasks can tell."""
+        chosen = "" if self.chosen is None else self.chosen.name
+        for name, row in list(self.rows.items()):
+            if row.failed or row.attended is None or (is_tree(row) and chosen not in ("", name)):
                 continue
+            attend: Attend = outputs(self._compared(name))
+            answers: dict[str, Answered] = {}
             for task in self.tasks:
                 self.begin(f"{task.name}: {name}", task.ids.shape[1])
-                answers[task.name] = asked.answer(self.subject, task, attend)
+                try:
+                    answers[task.name] = asked.answer(self.subject, task, attend)
+                except Exception as error:
+                    self.notes.append(f"{name} was not asked for {task.name}: {reason_of(error)}.")
+                    break
                 self.rows[name] = replace(row, tasks=dict(answers))
-        self.chosen = None if self.chosen is None else self.rows[self.chosen.name]
+
+    def _compared(self, name: str) -> Compared | None:
+        """What a row is of."""
+        return next((method for method in self.methods if name_of(method) == name), self.rows[name].method)
 
     def result(self) -> Evaluation:
-        """What is done so far. Raises ValueError before the exact model's row is."""
-        if self.exact is None:
+        """What is done so far. Raises ValueError before the first pass of the exact model is."""
+        if self.rows[EXACT].attended is None:
             raise ValueError("nothing was measured yet: the first pass of the exact model did not end")
         chosen = "" if self.chosen is None else self.chosen.name
         told = Question(
@@ -282,16 +296,19 @@ class Study:
             what="KL" if self.subject.language else "1 - cosine",
             size=f"{self.ids.shape[1]:,} tokens",
             compared=any(isinstance(method, Treecode) for method in self.methods),
+            whole=self.whole,
             stopped=self.stopped,
         ).answer()
-        losses, long = self.exact.losses, self.exact.long
+        exact = self.exact
+        losses, long = (None, None) if exact is None else (exact.losses, exact.long)
         rows = tuple(row for row in self.rows.values() if row.attended is not None or row.failed)  # others were tried
         return Evaluation(
-            model=self.subject.name, tokens=self.ids.numel(), scored=self.exact.scored,
-            layers=tuple(self.subject.replaced), refused=dict(self.subject.refused),
-            loss=None if losses is None else float(losses.mean()), long_tokens=0 if long is None else len(long),
-            tol=self.tol, rows=rows, heads=tuple(self.heads),
-            chosen=chosen, answer=told.text, line=told.line, settings=told.settings, stopped=self.stopped,
+            model=self.subject.name, language=self.subject.language, tokens=self.ids.numel(),
+            scored=0 if exact is None else exact.scored, layers=tuple(self.subject.replaced),
+            refused=dict(self.subject.refused), loss=None if losses is None else float(losses.mean()),
+            long_tokens=0 if long is None else len(long), tol=self.tol, rows=rows, heads=tuple(self.heads),
+            chosen=chosen, answer=told.text, line=told.line, settings=told.settings, notes=tuple(self.notes),
+            stopped=self.stopped,
         )  # fmt: skip
 
 
@@ -309,7 +326,7 @@ def _checked(ids: Any, subject: Subject) -> Tensor:
         raise ValueError(f"ids of a language model must be one text, (n,) or (1, n), got {tuple(ids.shape)}")
     if not len(ids) or ids.shape[1] < LEAST:
         raise ValueError(f"ids must hold at least {LEAST} tokens, got {ids.shape[1] if len(ids) else 0}")
-    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    most = most_tokens(subject.model)
     if most is not None and ids.shape[1] > most:
         raise ValueError(
             f"ids must hold at most the {most:,} tokens that the model has positions for, got {ids.shape[1]:,}"

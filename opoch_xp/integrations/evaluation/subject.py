@@ -45,6 +45,14 @@ def sdpa(call: Call) -> Tensor:
     )
 
 
+def most_tokens(model: Any) -> int | None:
+    """The tokens that a model has positions for; None where it does not say."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    first = getattr(table, "padding_idx", None)  # of models whose positions count from after the padding's
+    return most if most is None or first is None else most - first - 1
+
+
 class Subject:
     """A model of transformers, on whatever device it is.
 
@@ -65,7 +73,10 @@ class Subject:
         self.replaced: list[int] = []
         self._numbers: dict[int, int] = {}
         self._attend: Attend = sdpa
+        training = model.training
+        model.eval()
         self.factor, self.cap = self._finish() if self.language else (1.0, None)
+        model.train(training)
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ likeliest after those before it, as greedy generation would write it. All questi
 After Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", 2024.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,44 +46,53 @@ class Task:
     answers: tuple[slice, ...]
 
 
-def tasks(tokenizer: Any, text: str, tokens: int, seed: int) -> list[Task]:
-    """The tasks, of at most so many tokens each: needles of different kinds in the text; one needle among thousands of
-    its kind; numbers that variables hold by way of others; the most frequent of many words.
-
-    Raises ValueError where so few tokens hold no task.
-    """
+def tasks(tokenizer: Any, text: str, tokens: int, seed: int) -> tuple[list[Task], list[str]]:
+    """The tasks, of at most so many tokens each: needles of different kinds in the text; one needle among many of its
+    kind; numbers that variables hold by way of others; the most frequent of many words. And what is said of tasks that
+    so few tokens do not hold."""
     made = [_needles(text), _many_needles, _variables, _frequent_words]
     names = ("needles in text", "needle among its like", "variables", "frequent words")
-    return [
-        _built(name, tokenizer, make, tokens, np.random.default_rng((seed, number)))
-        for number, (name, make) in enumerate(zip(names, made, strict=True))
-    ]
+    found, left = [], []
+    for number, (name, make) in enumerate(zip(names, made, strict=True)):
+        task = _built(name, tokenizer, make, tokens, np.random.default_rng((seed, number)))
+        if task is None:
+            left.append(f"The task of {name} needs more than {tokens:,} tokens: it was left out.")
+        else:
+            found.append(task)
+    return found, left
 
 
 Make = Callable[[Rng, int], tuple[list[str], Pairs]]  # of about so many characters: the text in pieces, the questions
 
 
-def _built(name: str, tokenizer: Any, make: Make, tokens: int, rng: Rng) -> Task:
-    """The task with as much text as goes into so many tokens."""
-    characters = 4 * tokens
-    state = rng.bit_generator.state
-    for _ in range(20):
+def _built(name: str, tokenizer: Any, make: Make, tokens: int, rng: Rng) -> Task | None:
+    """The task with as much text as goes into so many tokens; None where not even its least does."""
+    characters, state, least = 4 * tokens, rng.bit_generator.state, 0
+    first = [] if getattr(tokenizer, "bos_token_id", None) is None else [tokenizer.bos_token_id]
+    while True:
         rng.bit_generator.state = state
         pieces, asked = make(rng, characters)
-        ids, answers = _tokens(tokenizer, "".join(pieces)), []
-        for question, answer in asked:
-            ids += _tokens(tokenizer, question)
-            told = _tokens(tokenizer, answer)
-            answers.append(slice(len(ids), len(ids) + len(told)))
-            ids += told
-        if len(ids) <= tokens:
-            return Task(name, torch.tensor(ids)[None], tuple(answers))
-        characters = int(characters * min(0.97, tokens / len(ids)))
-    raise ValueError(f"the task of {name} needs more than {tokens:,} tokens")
+        ids, answers = _placed(tokenizer, "".join(pieces), asked)
+        if len(first) + len(ids) <= tokens:
+            places = tuple(slice(len(first) + a, len(first) + b) for a, b in answers)
+            return Task(name, torch.tensor(first + ids)[None], places)
+        if len(ids) == least:  # it grows no shorter
+            return None
+        least, characters = len(ids), int(characters * min(0.97, tokens / (len(first) + len(ids))))
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+def _placed(tokenizer: Any, text: str, asked: Pairs) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of the text with its questions and answers, and where among them each answer's begin and end."""
+    spans = []
+    for question, answer in asked:
+        text += question
+        spans.append((len(text) + len(answer) - len(answer.lstrip()), len(text) + len(answer)))
+        text += answer
+    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = [end for _, end in told.offset_mapping]
+    starts = [start for start, _ in told.offset_mapping]
+    places = [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
+    return list(told.input_ids), places
 
 
 def _number(rng: Rng) -> str:
