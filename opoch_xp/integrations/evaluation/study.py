@@ -104,6 +104,10 @@ class Study:
         self.decode = decode and self.subject.language and layers is None and self.ids.shape[1] > 4 * STEPS
         self.tasks: list[asked.Task] = []
         self.notes: list[str] = []
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if self.decode and kinds != {"full_attention"}:
+            self.decode = False
+            self.notes.append("Decoding was not measured: a TreecodeCache is for models of full attention alone.")
         if tokenizer is not None and self.subject.language:
             self.tasks, left = asked.tasks(tokenizer, text, min(task_tokens, self.ids.shape[1]), seed)
             self.notes += left
