@@ -275,16 +275,17 @@ def test_the_rtol_for_a_tolerance(power: float, tol: float) -> None:
         assert max(within) >= min(0.6 * best, choice.HIGHEST)
 
 
-def test_the_fastest_within_a_tolerance_and_of_those_alike_the_most_accurate() -> None:
-    def row(rtol: float, kl: float, seconds: float) -> Any:
-        told = results.Attended(seconds, 10.0, 0.0, 0.0, (0, 0), 0.0, 0.0, None)
-        return results.Row(str(rtol), ox.Treecode(rtol=rtol), results.Scored(0.0, kl, 1.0), attended=told)
+def test_the_fastest_and_of_those_alike_the_most_accurate() -> None:
+    def row(rtol: float, kl: float) -> Any:
+        return results.Row(str(rtol), ox.Treecode(rtol=rtol), results.Scored(0.0, kl, 1.0))
 
-    rows = [row(0.05, 0.001, 4.0), row(0.1, 0.002, 3.1), row(0.2, 0.004, 3.0), row(0.5, 0.02, 1.0)]
-    rows.append(results.Row("window", None, results.Scored(0.0, 0.0, 1.0), attended=rows[-1].attended))
-    assert [getattr(fastest(rows, tol), "name", None) for tol in (0.01, 0.1, 0.003, 0.001, 1e-4)] == [
-        "0.1", "0.5", "0.1", "0.05", None
+    rows = {row.name: row for row in (row(0.05, 0.001), row(0.1, 0.002), row(0.2, 0.004))}
+    taken = [
+        {"0.05": 4.0, "0.1": 3.1, "0.2": 3.0}, {"0.05": 3.0, "0.1": 3.1, "0.2": 3.0}, {"0.05": 4.0, "0.2": 3.0}, {},
     ]  # fmt: skip
+    assert [getattr(fastest(seconds, rows), "name", None) for seconds in taken] == ["0.1", "0.05", "0.2", None]
+    assert [rows["0.1"].within(tol) for tol in (0.001, 0.002)] == [False, True]
+    assert not results.Row("window").within(1.0)
 
 
 def measured(method: Any, rows: Any, share: Any) -> Any:

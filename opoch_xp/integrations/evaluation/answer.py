@@ -1,6 +1,6 @@
 """The answer of an evaluation: what to take for the tolerance, in words, in a line to paste, and as settings."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,13 @@ PAYS = 1.05  # times faster that another setting must be to be worth a word
 BY_FILE = 'register(settings="settings.json")'
 
 
-def fastest(rows: Iterable[Row], tol: float) -> Row | None:
-    """The treecode for the tolerance: of those that stay within it the fastest, and of those that are about as fast the
-    most accurate; None where none does."""
-    within: list[Any] = [
-        row for row in rows if is_tree(row) and row.scored and row.attended and row.scored.distance <= tol
-    ]
-    if not within:
-        return None
-    most = max(row.attended.speedup for row in within)
-    alike = [row for row in within if row.attended.speedup * PAYS >= most]
-    found: Row = min(alike, key=lambda row: row.scored.distance)
-    return found
+def fastest(seconds: Mapping[str, float], rows: Mapping[str, Row]) -> Row | None:
+    """The treecode to take, of the seconds of those within the tolerance, by name: the fastest, and of those that are
+    about as fast the most accurate; None where there is none. Seconds of one pass: those of others differ by as much as
+    treecodes do."""
+    least = min(seconds.values(), default=0.0)
+    alike: list[Any] = [rows[name] for name, taken in seconds.items() if taken <= PAYS * least]
+    return min(alike, key=lambda row: row.scored.distance, default=None)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ class Row:
     tasks: Mapping[str, Answered] = field(default_factory=dict)
     failed: str = ""
 
+    def within(self, tol: float) -> bool:
+        """Whether what it does is known, and no more than a tolerance."""
+        return self.scored is not None and self.scored.distance <= tol
+
 
 @dataclass(frozen=True)
 class Head:

@@ -231,9 +231,14 @@ class Study:
         if not within:
             return
         largest: Treecode = replace(like, rtol=max(within))
-        if self._row(largest).attended is None:
-            trees += self._watch([largest])[1]
-        self.chosen = fastest(self.rows.values(), self.tol)
+        timed = trees
+        if self._row(largest).attended is None:  # beside the others that are within, so that one pass compares them
+            others: list[Any] = [one.method for one in trees if self.rows[one.name].within(self.tol)]
+            timed = self._watch([largest, *others])[1]
+            trees += timed[:1]
+        self.chosen = fastest(
+            {one.name: one.seconds_of_all for one in timed if self.rows[one.name].within(self.tol)}, self.rows
+        )
         if self.chosen is None:
             return
         method = self.chosen.method
