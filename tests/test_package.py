@@ -25,7 +25,7 @@ OPTIONAL = (
     "opoch_xp.backends.jax",
     "opoch_xp.backends.numpy.compiled",
     "opoch_xp.backends.torch",
-    "opoch_xp.integrations.transformers",
+    "opoch_xp.integrations.",
 )
 MODULES = [
     module.name

@@ -13,8 +13,6 @@ from opoch_xp.integrations.settings import Settings
 from opoch_xp.methods import LSH, Method, Treecode, method_name
 from opoch_xp.solve import solve
 
-Reads = Tensor  # (H,): rows that a query of each head reads, mean
-
 
 @dataclass(frozen=True)
 class Window:
@@ -32,7 +30,7 @@ class Window:
 Compared = Method | Window | Settings
 
 
-def attend_by(method: Compared | None) -> Callable[[Call], tuple[Tensor, Reads]]:
+def attend_by(method: Compared | None) -> Callable[[Call], tuple[Tensor, Tensor]]:
     """A method as a function of a call: its output, and what each head read. None: scaled_dot_product_attention."""
     if method is None:
         return lambda call: (sdpa(call), _all_rows(call))
@@ -64,7 +62,7 @@ class _Told:
         return part
 
 
-def _solved(call: Call, method: Method) -> tuple[Tensor, Reads]:
+def _solved(call: Call, method: Method) -> tuple[Tensor, Tensor]:
     problem = prepare(call.query, call.key, call.value, causal=call.causal, scale=call.scale)
     told = _Told(problem.kernels, problem.q.shape[:2])
     found = solve(replace(problem, kernels=told), method)
@@ -75,12 +73,12 @@ def _solved(call: Call, method: Method) -> tuple[Tensor, Reads]:
     return out, _by_head(read, call)
 
 
-def _by_head(read: Tensor, call: Call) -> Reads:
+def _by_head(read: Tensor, call: Call) -> Tensor:
     """read (batch of key heads, repeat) as the mean over the batch, (H,)."""
     return read.reshape(call.query.shape[0], -1).mean(0)
 
 
-def _by_settings(call: Call, settings: Settings) -> tuple[Tensor, Reads]:
+def _by_settings(call: Call, settings: Settings) -> tuple[Tensor, Tensor]:
     """As Settings.attend, layer by layer; layers without settings attend exactly."""
     methods = settings.layers.get(call.layer)
     if methods is None:
@@ -101,12 +99,12 @@ def _by_settings(call: Call, settings: Settings) -> tuple[Tensor, Reads]:
     return out, read.flatten()
 
 
-def _all_rows(call: Call) -> Reads:
+def _all_rows(call: Call) -> Tensor:
     n = call.query.shape[2]
     return torch.full((call.query.shape[1],), (n + 1) / 2 if call.causal else float(n))
 
 
-def _window(call: Call, method: Window) -> tuple[Tensor, Reads]:
+def _window(call: Call, method: Window) -> tuple[Tensor, Tensor]:
     """Blocks of queries under a mask, by scaled_dot_product_attention."""
     n, repeat = call.query.shape[2], call.query.shape[1] // call.key.shape[1]
     key, value = (x.repeat_interleave(repeat, 1) for x in (call.key, call.value))
