@@ -289,4 +289,4 @@ def test_a_model_needs_libraries_that_are_named(monkeypatch):
 
     monkeypatch.setattr(model, "find_spec", lambda name: None)
     line = refused("model", ".")
-    assert 'opoch-xp model needs torch and transformers and accelerate: pip install "opoch-xp[model]"' in line
+    assert 'opoch-xp model needs torch and transformers: pip install "opoch-xp[model]"' in line

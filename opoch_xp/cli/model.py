@@ -20,7 +20,7 @@ LANGUAGE = ("CausalLM", "LMHead")  # in the name of a model that goes on with a 
 METHODS = ("window", "sinks", "lsh", "treecode")
 RTOLS = (0.2, 0.1, 0.05)
 TOKENS, TASK_TOKENS = 4096, 2048
-NEEDED = ("torch", "transformers", "accelerate")
+NEEDED = ("torch", "transformers")
 REGISTER = "from opoch_xp.integrations.transformers import register"
 
 
@@ -61,7 +61,7 @@ class Setup:
 
 def evaluate_model(setup: Setup, sink: Sink) -> None:
     """Evaluate the model and show, and write, what was found; on Ctrl-C what was found so far."""
-    _check_installed()
+    _check_installed("opoch-xp model", *NEEDED)
     if setup.html is not None:
         from opoch_xp.cli.page import check_plots
 
@@ -91,10 +91,10 @@ def evaluate_model(setup: Setup, sink: Sink) -> None:
         raise KeyboardInterrupt
 
 
-def _check_installed() -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
+def _check_installed(what: str, *names: str) -> None:
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise ImportError(f'opoch-xp model needs {" and ".join(missing)}: pip install "opoch-xp[model]"')
+        raise ImportError(f'{what} needs {" and ".join(missing)}: pip install "opoch-xp[model]"')
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -143,8 +143,7 @@ def _load(setup: Setup) -> tuple[Any, Any]:
 
     path, more = setup.path, {}
     if path.is_file() and path.suffix == ".gguf":
-        if find_spec("gguf") is None:
-            raise ImportError('a .gguf file needs gguf: pip install "opoch-xp[model]"')
+        _check_installed("a .gguf file", "gguf", "accelerate")
         path, more = path.parent, {"gguf_file": path.name}
     elif not path.is_dir():
         what = "no .gguf file" if path.exists() else "not there"
