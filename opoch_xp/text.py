@@ -22,3 +22,8 @@ def names(texts: Iterable[str]) -> str:
     ordered = sorted(texts)
     shown = ", ".join(map(name, ordered[:MOST])) or "nothing"
     return shown if len(ordered) <= MOST else f"{shown} and {len(ordered) - MOST:,} more"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

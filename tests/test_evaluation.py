@@ -199,7 +199,7 @@ def test_rows_of_each_head_are_those_of_the_call(causal: bool, method: Any) -> N
 
 
 def test_times_and_errors_are_those_of_the_layers() -> None:
-    watch = heads.Watch([COARSE, ox.Exact()])
+    watch = heads.Watch([COARSE, ox.Exact()], {})
     given = call(True)
     torch.testing.assert_close(watch(given), sdpa(given))
     coarse, exact = watch.methods
@@ -213,7 +213,7 @@ def test_times_and_errors_are_those_of_the_layers() -> None:
     assert told.worst_head == (0, int(wanted.argmax()))
     assert told.speedup == pytest.approx(watch.exact.seconds[0] / coarse.seconds[0])
     assert exact.attended(watch.exact).error < 1e-6
-    assert [set(head.error) for head in watch.found()] == [{coarse.name, "Exact()"}] * 4
+    assert [set(head.error) for head in watch.found()[0]] == [{coarse.name, "Exact()"}] * 4
 
 
 def test_kinds_of_heads() -> None:
@@ -513,6 +513,19 @@ def test_what_was_done_before_an_interrupt_is_kept() -> None:
     assert "interrupted" in found.answer
     assert model.config._attn_implementation == "sdpa"
     json.dumps(found.as_dict())
+
+
+def test_the_first_pass_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "reference", interrupt)
+    half = Study(llama(), ids(), [COARSE])
+    assert not half.begun
+    with pytest.raises(KeyboardInterrupt):
+        half.run()
+    assert half.begun
+    assert all(row.attended is not None and row.scored is None for row in half.result().rows)
 
 
 def test_the_answer_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

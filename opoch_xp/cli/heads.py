@@ -1,12 +1,11 @@
 """Maps of a model's heads: as text for a terminal, and as plots for a page."""
 
 import html
-import io
 from collections.abc import Callable
 from math import log10
 from typing import Any
 
-from opoch_xp.cli.page import figure, page_of, section
+from opoch_xp.cli.page import COLOURS, figure, inline, page_of, section
 from opoch_xp.cli.tables import Table, percent
 
 LETTERS = {"sink": "S", "local": "L", "sharp": "X", "flat": "F"}
@@ -117,8 +116,6 @@ def _against_time(found: Any) -> str:
     what = "KL, nats a token" if found.language else "1 - cosine"
 
     def draw(axes: Any) -> None:
-        from opoch_xp.cli.page import COLOURS
-
         for number, row in enumerate(kept):
             colour, marker = COLOURS[number % len(COLOURS)], "os^Dv*"[number // len(COLOURS) % 6]
             time = row.attended.seconds / row.attended.exact_seconds
@@ -146,7 +143,9 @@ def _map(title: str, grid: dict[int, list[Any]], value: Any, what: str, written:
         values[number, : len(heads)] = [max(value(head), 1e-9) for head in heads]
     low, high = np.nanmin(values), np.nanmax(values)
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.5}):
-        plot, axes = pyplot.subplots(figsize=(max(4.6, 0.2 * wide + 2), max(2.2, 0.17 * len(grid) + 1)))
+        plot, axes = pyplot.subplots(
+            figsize=(max(4.6, 0.2 * wide + 2), max(2.2, 0.17 * len(grid) + 1)), layout="constrained"
+        )
         drawn = axes.pcolormesh(values, norm=LogNorm(low, max(high, 1.01 * low)), cmap="viridis")
         axes.invert_yaxis()
         axes.set(xlabel="head", ylabel="layer")
@@ -159,8 +158,4 @@ def _map(title: str, grid: dict[int, list[Any]], value: Any, what: str, written:
         marks = np.geomspace(low, max(high, 1.01 * low), 5).tolist()
         bar.set_ticks(marks, labels=[written(mark) for mark in marks])
         bar.minorticks_off()
-        text = io.StringIO()
-        plot.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-        pyplot.close(plot)
-    svg = text.getvalue()
-    return f'<figure role="img" aria-label="{html.escape(title)}">{svg[svg.index("<svg") :]}</figure>'
+        return inline(plot, title)

@@ -13,12 +13,12 @@ from typing import Any
 from opoch_xp.cli import heads, tables
 from opoch_xp.cli.tables import Sink, Table
 from opoch_xp.measure import machine
+from opoch_xp.text import first_line
 from opoch_xp.writing import check_target, whole_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 LANGUAGE = ("CausalLM", "LMHead")  # in the name of a model that goes on with a text, though others of its kind do not
 METHODS = ("window", "sinks", "lsh", "treecode")
-RTOLS = (0.2, 0.1, 0.05)
 TOKENS, TASK_TOKENS = 4096, 2048
 NEEDED = ("torch", "transformers")
 REGISTER = "from opoch_xp.integrations.transformers import register"
@@ -84,7 +84,7 @@ def evaluate_model(setup: Setup, sink: Sink) -> None:
                 study.run()
             except KeyboardInterrupt:
                 stopped = True
-    if study.exact is None:
+    if not study.begun:
         raise KeyboardInterrupt
     _tell(setup, study.result(), sink)
     if stopped:
@@ -166,7 +166,7 @@ def _load(setup: Setup) -> tuple[Any, Any]:
     try:
         return tokenizer, model.to(setup.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {setup.device} cannot take the model: {_line(error)}") from None
+        raise ValueError(f"--device {setup.device} cannot take the model: {first_line(error)}") from None
 
 
 def _read(what: str, kind: Any, path: Path, **more: Any) -> Any:
@@ -174,12 +174,7 @@ def _read(what: str, kind: Any, path: Path, **more: Any) -> Any:
     try:
         return kind.from_pretrained(path, **more)
     except Exception as error:
-        raise ValueError(f"{path} holds no {what} that transformers can read: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} holds no {what} that transformers can read: {first_line(error)}") from None
 
 
 def _tokens(setup: Setup, tokenizer: Any, model: Any, text: str) -> Any:
@@ -205,7 +200,7 @@ def _tokens(setup: Setup, tokenizer: Any, model: Any, text: str) -> Any:
 
 def _methods(setup: Setup, causal: bool) -> list[Any]:
     """What is compared, by the names of --methods."""
-    from opoch_xp.integrations.evaluation.compared import Window, usual
+    from opoch_xp.integrations.evaluation.compared import RTOLS, Window, usual
 
     names = setup.methods or METHODS
     rtols = tuple(sorted(set(setup.rtol or RTOLS), reverse=True))

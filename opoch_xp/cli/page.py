@@ -96,9 +96,16 @@ def figure(
         rows = -(-len(axes.get_legend_handles_labels()[0]) // columns)
         figure.set_figheight(FIGURE[1] + LEGEND_ROW * rows)
         figure.legend(frameon=False, fontsize=9, loc="outside lower left", ncols=columns)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
+        return inline(figure, title)
+
+
+def inline(plot: Any, title: str) -> str:
+    """A plot of matplotlib's as inline SVG, and closed."""
+    from matplotlib import pyplot
+
+    text = io.StringIO()
+    plot.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    pyplot.close(plot)
     svg = text.getvalue()
     return f'<figure role="img" aria-label="{html.escape(title)}">{svg[svg.index("<svg") :]}</figure>'
 

@@ -1,21 +1,21 @@
 """Settings: how each layer of a model attends, key head by key head, and the file that they are kept in."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from opoch_xp.attention import attention
-from opoch_xp.methods import LSH, Exact, Method, Treecode
+from opoch_xp.methods import Exact, Method
 from opoch_xp.solve import check_method
 from opoch_xp.writing import whole_file
 
 FORMAT = "opoch_xp settings 1"
-KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in (Exact, LSH, Treecode)}
+KINDS: dict[str, type[Method]] = {kind.__name__: kind for kind in get_args(Method)}
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,29 @@ class Settings:
 def attend_heads(
     query: Tensor, key: Tensor, value: Tensor, methods: Sequence[Method], where: str, **options: Any
 ) -> Tensor:
-    """Attention with a method for each key head and the query heads that share it, or one for all; heads of one method
-    are taken together. Raises ValueError, with `where` in front, for another number of methods."""
-    heads, repeat = key.shape[1], query.shape[1] // max(1, key.shape[1])
+    """Attention with a method for each key head and the query heads that share it, or one for all. Raises ValueError,
+    with `where` in front, for another number of methods."""
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    for method, heads, arrays in by_method(query, key, value, methods, where):
+        out[:, heads] = attention(*arrays, method=method, check=False, **options)
+    return out
+
+
+def by_method(
+    query: Tensor, key: Tensor, value: Tensor, methods: Sequence[Method], where: str
+) -> Iterator[tuple[Method, Any, tuple[Tensor, Tensor, Tensor]]]:
+    """Each method once, the query heads that it is for, and query, key and value of those heads. Arguments and errors
+    of `attend_heads`."""
     if len(set(methods)) == 1:
-        return attention(query, key, value, method=methods[0], check=False, **options)
+        yield methods[0], slice(None), (query, key, value)
+        return
+    heads, repeat = key.shape[1], query.shape[1] // max(1, key.shape[1])
     if len(methods) != heads:
         raise ValueError(f"{where} has {heads} key heads, and settings for {len(methods)}: they are of another model")
-    batch, _, n_q, _ = query.shape
-    out = query.new_empty(batch, heads, repeat, n_q, value.shape[-1])
-    grouped = query.unflatten(1, (heads, repeat))
     for method in dict.fromkeys(methods):
         some = [number for number, one in enumerate(methods) if one == method]
-        found = attention(
-            grouped[:, some].flatten(1, 2), key[:, some], value[:, some], method=method, check=False, **options
-        )
-        out[:, some] = found.unflatten(1, (len(some), repeat))
-    return out.flatten(1, 2)
+        shared = [repeat * number + r for number in some for r in range(repeat)]
+        yield method, shared, (query[:, shared], key[:, some], value[:, some])
 
 
 def _told(method: Method) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class Question:
         within = [
             one
             for one in self.rows.values()
-            if one.method is not None and not is_tree(one) and one.name != BY_HEAD and one.scored and one.attended
-            and one.scored.distance <= self.tol and one.attended.speedup > PAYS * speed
+            if one.method is not None and not is_tree(one) and one.name != BY_HEAD and one.within(self.tol)
+            and one.attended and one.attended.speedup > PAYS * speed
         ]  # fmt: skip
         if not within:
             return ""

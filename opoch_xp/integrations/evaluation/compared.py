@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from opoch_xp.arguments import prepare, restore
+from opoch_xp.cost import visible_pairs
 from opoch_xp.integrations.evaluation.subject import Attend, Call, sdpa
-from opoch_xp.integrations.settings import Settings
+from opoch_xp.integrations.settings import Settings, by_method
 from opoch_xp.methods import LSH, Method, Treecode, method_name
 from opoch_xp.solve import solve
 
@@ -27,6 +28,7 @@ class Window:
                 raise ValueError(f"{name} of a Window must be a whole number of at least {least}, got {value!r}")
 
 
+RTOLS = (0.2, 0.1, 0.05)
 Compared = Method | Window | Settings
 
 
@@ -83,25 +85,16 @@ def _by_settings(call: Call, settings: Settings) -> tuple[Tensor, Tensor]:
     methods = settings.layers.get(call.layer)
     if methods is None:
         return sdpa(call), _all_rows(call)
-    if len(set(methods)) == 1:
-        return _solved(call, methods[0])
-    heads = call.key.shape[1]
-    out = torch.empty(*call.query.shape[:3], call.value.shape[-1], dtype=call.query.dtype, device=call.query.device)
-    read, repeat = torch.zeros(heads, call.query.shape[1] // heads), call.query.shape[1] // heads
-    query, into = call.query.unflatten(1, (heads, repeat)), out.unflatten(1, (heads, repeat))
-    for method in dict.fromkeys(methods):
-        some = [number for number, one in enumerate(methods) if one == method]
-        part = Call(call.layer, query[:, some].flatten(1, 2), call.key[:, some], call.value[:, some], call.causal,
-                    call.scale)  # fmt: skip
-        found, rows = _solved(part, method)
-        into[:, some] = found.unflatten(1, (len(some), repeat))
-        read[some] = rows.unflatten(0, (len(some), repeat))
-    return out, read.flatten()
+    out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
+    read = torch.empty(call.query.shape[1])
+    for method, heads, arrays in by_method(call.query, call.key, call.value, methods, f"layer {call.layer}"):
+        out[:, heads], read[heads] = _solved(Call(call.layer, *arrays, call.causal, call.scale), method)
+    return out, read
 
 
 def _all_rows(call: Call) -> Tensor:
     n = call.query.shape[2]
-    return torch.full((call.query.shape[1],), (n + 1) / 2 if call.causal else float(n))
+    return torch.full((call.query.shape[1],), visible_pairs(n, n, call.causal) / n)
 
 
 def _window(call: Call, method: Window) -> tuple[Tensor, Tensor]:
@@ -140,7 +133,7 @@ def name_of(method: Compared | None) -> str:
     return method_name(method)
 
 
-def usual(causal: bool, rtols: tuple[float, ...] = (0.2, 0.1, 0.05)) -> list[Compared]:
+def usual(causal: bool, rtols: tuple[float, ...] = RTOLS) -> list[Compared]:
     """What is compared where nothing is named: windows without and with the first keys, hashing, treecodes."""
     trees = [Treecode(rtol=rtol) for rtol in rtols]
     return [Window(), Window(sinks=16), LSH(bits=8, tables=8, window=512 if causal else 0), *trees]

@@ -1,7 +1,7 @@
 """Heads: where the softmax of each lies, and what methods do in it, layer by layer of an exact pass."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -13,6 +13,7 @@ from opoch_xp.integrations.evaluation.results import Attended, Head
 from opoch_xp.integrations.evaluation.subject import Call
 from opoch_xp.measure import timed
 from opoch_xp.methods import Treecode
+from opoch_xp.text import first_line
 from opoch_xp.treecode.forest import build_tier, tiers
 
 ROWS = 256  # queries of the second half on which errors are taken, a head
@@ -59,12 +60,13 @@ class Watch:
     """An exact pass in which methods attend beside: to the same q, k and v, layer by layer, in turn.
 
     As the function of a call it returns what scaled_dot_product_attention does. A method that fails is given up.
+    heads: of each layer, what an earlier pass found.
     """
 
-    def __init__(self, methods: Sequence[Compared]) -> None:
+    def __init__(self, methods: Sequence[Compared], heads: Mapping[int, list[Head]]) -> None:
         self.exact = Measured(None)
         self.methods = [Measured(method) for method in methods]
-        self.heads: dict[int, list[Head]] = {}
+        self.heads = dict(heads)
         self.failed: dict[str, str] = {}
         self._warm = False
 
@@ -81,7 +83,8 @@ class Watch:
             out = self._run(one, call)
             if out is not None:
                 self._compare(one, call.layer, out[:, :, rows], exact[:, :, rows])
-        self.heads[call.layer] = looked_at(call)
+        if call.layer not in self.heads:
+            self.heads[call.layer] = looked_at(call)
         return exact
 
     def _first(self, one: Measured, call: Call) -> None:
@@ -120,18 +123,16 @@ class Watch:
         one.share[layer] = ((apart**2).sum((0, 2, 3)) / (whole**2).sum().clamp(min=1e-30)).float()
         one.single.append((apart.norm(dim=3) / whole.norm(dim=3).clamp(min=1e-30)).float())
 
-    def found(self) -> list[Head]:
-        """The heads, with the errors and rows of every method that was not given up."""
+    def found(self) -> dict[int, list[Head]]:
+        """The heads of each layer, with the errors and rows of every method that was not given up."""
         some = [one for one in self.methods if one.name not in self.failed]
-        return [
-            Head(
-                head.layer, head.head, head.kind, head.mass, head.effective_keys, head.sigma,
-                {one.name: float(one.error[layer][head.head]) for one in some},
-                {one.name: float(one.rows[layer][head.head]) for one in some},
-            )
-            for layer, heads in self.heads.items()
-            for head in heads
-        ]  # fmt: skip
+
+        def with_these(layer: int, head: Head) -> Head:
+            error = {one.name: float(one.error[layer][head.head]) for one in some}
+            rows = {one.name: float(one.rows[layer][head.head]) for one in some}
+            return replace(head, error={**head.error, **error}, rows={**head.rows, **rows})
+
+        return {layer: [with_these(layer, head) for head in heads] for layer, heads in self.heads.items()}
 
 
 def sampled(n: int, count: int, device: torch.device) -> Tensor:
@@ -226,5 +227,4 @@ def out_of_memory(error: Exception) -> bool:
 
 def reason_of(error: Exception) -> str:
     """Why something was given up, in a line."""
-    lines = str(error).strip().splitlines()
-    return "out of memory" if out_of_memory(error) else lines[0].rstrip(".") if lines else type(error).__name__
+    return "out of memory" if out_of_memory(error) else first_line(error).rstrip(".")

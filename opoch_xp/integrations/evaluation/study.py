@@ -114,7 +114,7 @@ class Study:
         self.begin: Begin = begin or (lambda step, weight: None)
         self.exact: Reference | None = None
         self.rows: dict[str, Row] = {EXACT: Row(EXACT)}
-        self.heads: list[Head] = []
+        self.heads: dict[int, list[Head]] = {}
         self.chosen: Row | None = None
         self.key_heads: dict[int, int] = {}
         self.layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 12  # of the bar alone
@@ -156,7 +156,7 @@ class Study:
 
     def _watch(self, methods: Sequence[Compared]) -> tuple[Tensor, list[Measured]]:
         """An exact pass with the methods beside: its states, and what was measured of those that did not fail."""
-        watch, n = Watch(methods), self.ids.numel()
+        watch, n = Watch(methods, self.heads), self.ids.numel()
         begun: set[int] = set()
         beside = (name_of(methods[0]) if methods else "nothing") + (" and others" if len(methods) > 1 else "")
 
@@ -176,8 +176,7 @@ class Study:
             if row.attended is None:  # figures of one pass are compared: those of the first stay
                 attended = None if failed else one.attended(watch.exact)
                 self.rows[one.name] = replace(row, attended=attended, failed=failed)
-        found = watch.found()
-        self.heads = [_with(*both) for both in zip(self.heads, found, strict=True)] if self.heads else found
+        self.heads = watch.found()
         return states, [one for one in watch.methods if one.name not in watch.failed]
 
     def _row(self, method: Compared | None) -> Row:
@@ -290,9 +289,14 @@ class Study:
         """What a row is of."""
         return next((method for method in self.methods if name_of(method) == name), self.rows[name].method)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to tell: the first pass of the exact model."""
+        return self.rows[EXACT].attended is not None
+
     def result(self) -> Evaluation:
         """What is done so far. Raises ValueError before the first pass of the exact model is."""
-        if self.rows[EXACT].attended is None:
+        if not self.begun:
             raise ValueError("nothing was measured yet: the first pass of the exact model did not end")
         chosen = "" if self.chosen is None else self.chosen.name
         told = Question(
@@ -308,6 +312,7 @@ class Study:
             whole=self.whole,
             stopped=self.stopped,
         ).answer()
+        heads = tuple(head for some in self.heads.values() for head in some)
         exact = self.exact
         losses, long = (None, None) if exact is None else (exact.losses, exact.long)
         rows = tuple(row for row in self.rows.values() if row.attended is not None or row.failed)  # others were tried
@@ -315,14 +320,10 @@ class Study:
             model=self.subject.name, language=self.subject.language, tokens=self.ids.numel(),
             scored=0 if exact is None else exact.scored, layers=tuple(self.subject.replaced),
             refused=dict(self.subject.refused), loss=None if losses is None else float(losses.mean()),
-            long_tokens=0 if long is None else len(long), tol=self.tol, rows=rows, heads=tuple(self.heads),
+            long_tokens=0 if long is None else len(long), tol=self.tol, rows=rows, heads=heads,
             chosen=chosen, answer=told.text, line=told.line, settings=told.settings, notes=tuple(self.notes),
             stopped=self.stopped,
         )  # fmt: skip
-
-
-def _with(old: Head, new: Head) -> Head:
-    return replace(old, error={**old.error, **new.error}, rows={**old.rows, **new.rows})
 
 
 def _checked(ids: Any, subject: Subject) -> Tensor:
